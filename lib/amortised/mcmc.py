@@ -1,0 +1,384 @@
+r"""Markov kernels as pure functions of a state, a log-density and a step size.
+
+A *state* carries the position together with the log-density and gradient there, so that no kernel
+evaluates the density twice at one point. Each kernel takes the state (or a bare position, from
+which it makes one) and returns the next state and an *info*. Chains run in parallel along all
+leading dimensions: positions are ``[..., D]``, log-densities ``[...]``.
+
+One convention for step sizes, in the library and in the book: Langevin kernels drift by
+``step_size / 2`` times the gradient and add noise of standard deviation ``sqrt(step_size)``;
+Hamiltonian kernels take the leapfrog step itself. One leapfrog step of size
+:math:`\epsilon` from fresh momentum is one Langevin proposal with ``step_size`` :math:`\epsilon^2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .numerics import value_and_grad
+
+__all__ = [
+    "ChainState",
+    "KernelInfo",
+    "LeapfrogState",
+    "SampledChain",
+    "chain_effective_sample_size",
+    "hmc_step",
+    "init_state",
+    "langevin_step",
+    "leapfrog",
+    "leapfrog_step",
+    "mala_step",
+    "metropolis_step",
+    "sample_chain",
+]
+
+LogDensity = Callable[[Tensor], Tensor]
+ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class LeapfrogState(NamedTuple):
+    """A point in phase space, with the log-density and its gradient at the position."""
+
+    z: Tensor
+    momentum: Tensor
+    logdensity: Tensor
+    grad: Tensor
+
+
+class ChainState(NamedTuple):
+    """A position with the log-density and gradient there (no gradient for random-walk kernels)."""
+
+    z: Tensor
+    logdensity: Tensor
+    grad: Tensor | None
+
+
+class KernelInfo(NamedTuple):
+    """What a Metropolis test did: acceptance probability and outcome, one value per chain."""
+
+    acceptance_probability: Tensor
+    is_accepted: Tensor
+
+
+class SampledChain(NamedTuple):
+    """Samples ``[num_samples, ..., D]`` and mean acceptance ``[...]`` (None without a test)."""
+
+    samples: Tensor
+    acceptance_rate: Tensor | None
+
+
+def init_state(z: Tensor, logdensity_fn: LogDensity) -> ChainState:
+    """The state of a chain at ``z``: one evaluation of the log-density and its gradient."""
+    return ChainState(z.detach(), *value_and_grad(logdensity_fn, z))
+
+
+def leapfrog_step(
+    state: LeapfrogState | tuple[Tensor, Tensor, Tensor, Tensor],
+    value_and_grad_fn: ValueAndGrad,
+    step_size: float | Tensor,
+) -> LeapfrogState:
+    r"""One leapfrog step of Hamiltonian dynamics, the only integrator of the library.
+
+    With :math:`U(z) = -\log \pi(z)` and unit mass,
+
+    .. math::
+
+        \rho_{1/2} &= \rho + \tfrac{\epsilon}{2} \nabla \log \pi(z), \\
+        z' &= z + \epsilon \rho_{1/2}, \\
+        \rho' &= \rho_{1/2} + \tfrac{\epsilon}{2} \nabla \log \pi(z').
+
+    The gradient at the start is read from the state and the gradient at the end is kept in the
+    result: a trajectory of L steps costs L new gradients. The map is volume preserving and
+    reversible (flip the momentum, step, flip again), whatever the force field; its energy error is
+    of order :math:`\epsilon^2`.
+
+    :param state: ``(z, momentum, logdensity, grad)``, of shapes ``[..., D]``, ``[..., D]``,
+        ``[...]``, ``[..., D]``.
+    :param value_and_grad_fn: maps ``[..., D]`` to the log-density and its gradient.
+    :param step_size: :math:`\epsilon`, a number or a tensor that broadcasts to ``z``.
+    :return: the state after the step.
+    """
+    z, momentum, _, grad = state
+    momentum = momentum + 0.5 * step_size * grad
+    z = z + step_size * momentum
+    logdensity, grad = value_and_grad_fn(z)
+    return LeapfrogState(z, momentum + 0.5 * step_size * grad, logdensity, grad)
+
+
+def leapfrog(
+    z: Tensor,
+    momentum: Tensor,
+    logdensity_fn: LogDensity,
+    step_size: float | Tensor,
+    num_steps: int,
+) -> tuple[Tensor, Tensor]:
+    r"""A leapfrog trajectory: :func:`leapfrog_step`, ``num_steps`` times.
+
+    :param z: start, ``[..., D]``.
+    :param momentum: momentum at the start, ``[..., D]``.
+    :param logdensity_fn: maps ``[..., D]`` to ``[...]``.
+    :param step_size: :math:`\epsilon`, a number or a tensor that broadcasts to ``z``.
+    :param num_steps: L, at least 0.
+    :return: position and momentum at the end.
+
+    >>> z, momentum = torch.tensor([[1.0]]), torch.tensor([[0.0]])
+    >>> z, momentum = leapfrog(z, momentum, lambda z: -0.5 * z.square().sum(-1), 0.1, 10)
+    >>> z, momentum  # close to cos(1) and -sin(1)
+    (tensor([[0.5400]]), tensor([[-0.8406]]))
+    """
+    _check_num_steps(num_steps, minimum=0)
+    value_and_grad_fn = partial(value_and_grad, logdensity_fn)
+    state = LeapfrogState(z, momentum, *value_and_grad_fn(z))
+    for _ in range(num_steps):
+        state = leapfrog_step(state, value_and_grad_fn, step_size)
+    return state.z, state.momentum
+
+
+def metropolis_step(
+    state: ChainState | Tensor,
+    logdensity_fn: LogDensity,
+    step_size: float | Tensor,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[ChainState, KernelInfo]:
+    r"""Random-walk Metropolis: propose :math:`z' = z + s \xi`, accept with
+    :math:`\min(1, \pi(z') / \pi(z))`.
+
+    :param state: current state, or positions ``[..., D]``.
+    :param step_size: s, the standard deviation of the proposal.
+    :param generator: source of all randomness; the global stream when None.
+    :return: next state (without gradient) and info.
+
+    Source: Metropolis et al. (1953).
+    """
+    _check_step_size(step_size)
+    if isinstance(state, Tensor):
+        state = ChainState(state, logdensity_fn(state), None)
+    z = state.z + step_size * _normal_like(state.z, generator)
+    proposal = ChainState(z, logdensity_fn(z), None)
+    return _accept(state, proposal, proposal.logdensity - state.logdensity, generator)
+
+
+def langevin_step(
+    z: Tensor,
+    logdensity_fn: LogDensity,
+    step_size: float | Tensor,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""One step of unadjusted Langevin dynamics: no test, hence a bias of order ``step_size``.
+
+    .. math:: z' = z + \tfrac{s}{2} \nabla \log \pi(z) + \sqrt{s}\, \xi, \qquad
+        \xi \sim \mathcal{N}(0, I)
+
+    In a Gaussian direction of precision :math:`\lambda` the chain is stable only for
+    :math:`s < 4 / \lambda`, and its stationary variance is
+    :math:`\lambda^{-1} / (1 - s \lambda / 4)`.
+
+    :param z: positions, ``[..., D]``.
+    :param step_size: s; texts that write drift h and noise :math:`\sqrt{2h}` mean h = s / 2.
+    :param generator: source of the noise; the global stream when None.
+    :return: next positions, ``[..., D]``.
+    :raises FloatingPointError: when the gradient is not finite: the step size is too large for the
+        target, and the chain has left for infinity.
+    """
+    _check_step_size(step_size)
+    _, grad = value_and_grad(logdensity_fn, z)
+    if not torch.isfinite(grad).all():
+        raise FloatingPointError(
+            "the gradient of the log-density is not finite: unadjusted Langevin dynamics diverged; "
+            "use a smaller step_size"
+        )
+    step_size = torch.as_tensor(step_size, dtype=z.dtype, device=z.device)
+    noise = _normal_like(z, generator)
+    return z.detach() + 0.5 * step_size * grad + step_size.sqrt() * noise
+
+
+def mala_step(
+    state: ChainState | Tensor,
+    logdensity_fn: LogDensity,
+    step_size: float | Tensor,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[ChainState, KernelInfo]:
+    r"""Metropolis-adjusted Langevin: the proposal of :func:`langevin_step` with a Metropolis test.
+
+    It is Hamiltonian Monte Carlo with one leapfrog step of size :math:`\sqrt{s}`, and implemented
+    as such: position proposal, acceptance probability and cost are the same.
+
+    :param state: current state, or positions ``[..., D]``.
+    :param step_size: s, as in :func:`langevin_step`.
+    :param generator: source of all randomness; the global stream when None.
+    :return: next state and info.
+
+    Source: Roberts and Tweedie (1996); the identity is in Neal (2011), section 5.2.
+    """
+    _check_step_size(step_size)
+    epsilon = step_size.sqrt() if isinstance(step_size, Tensor) else step_size**0.5
+    return hmc_step(state, logdensity_fn, epsilon, 1, generator=generator)
+
+
+def hmc_step(
+    state: ChainState | Tensor,
+    logdensity_fn: LogDensity,
+    step_size: float | Tensor,
+    num_steps: int,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[ChainState, KernelInfo]:
+    r"""Hamiltonian Monte Carlo: fresh momentum, ``num_steps`` leapfrog steps, a Metropolis test.
+
+    The proposal is accepted with probability :math:`\min(1, \exp(H - H'))`,
+    :math:`H(z, \rho) = -\log \pi(z) + \tfrac12 \|\rho\|^2`. A trajectory whose energy is not a
+    number has left the support of the target and is rejected.
+
+    :param state: current state, or positions ``[..., D]``.
+    :param step_size: leapfrog step :math:`\epsilon`, a number or a tensor that broadcasts to z.
+    :param num_steps: L, at least 1; the cost is L new gradients.
+    :param generator: source of all randomness; the global stream when None.
+    :return: next state and info.
+
+    Source: Duane et al. (1987); Neal (2011).
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> target = lambda z: -0.5 * z.square().sum(-1)
+    >>> state, info = hmc_step(torch.zeros(1000, 2), target, 0.3, 5, generator=generator)
+    >>> state.z.shape, bool(info.acceptance_probability.mean() > 0.9)
+    (torch.Size([1000, 2]), True)
+    """
+    _check_step_size(step_size)
+    _check_num_steps(num_steps, minimum=1)
+    if isinstance(state, Tensor) or state.grad is None:
+        state = init_state(state if isinstance(state, Tensor) else state.z, logdensity_fn)
+    value_and_grad_fn = partial(value_and_grad, logdensity_fn)
+    momentum = _normal_like(state.z, generator)
+    start = end = LeapfrogState(state.z, momentum, state.logdensity, state.grad)
+    for _ in range(num_steps):
+        end = leapfrog_step(end, value_and_grad_fn, step_size)
+    log_ratio = negative_energy(end) - negative_energy(start)
+    proposal = ChainState(end.z, end.logdensity, end.grad)
+    return _accept(state, proposal, log_ratio, generator)
+
+
+def negative_energy(state: LeapfrogState) -> Tensor:
+    r""":math:`-H(z, \rho) = \log \pi(z) - \tfrac12 \|\rho\|^2`, one value per chain."""
+    return state.logdensity - 0.5 * state.momentum.square().sum(-1)
+
+
+def sample_chain(
+    kernel: Callable,
+    initial: ChainState | Tensor,
+    num_samples: int,
+    *,
+    burn_in: int = 0,
+    thin: int = 1,
+) -> SampledChain:
+    r"""Run a kernel and keep its positions.
+
+    :param kernel: maps a state to ``(state, info)``, or positions to positions (unadjusted
+        kernels); usually a lambda or ``functools.partial`` around a kernel of this module.
+    :param initial: state or positions ``[..., D]`` at the start, which is not kept.
+    :param num_samples: number of positions to keep.
+    :param burn_in: number of first steps to discard.
+    :param thin: keep one position in ``thin``.
+    :return: samples ``[num_samples, ..., D]`` and the mean acceptance probability per chain over
+        the steps after the burn-in.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> target = lambda z: -0.5 * z.square().sum(-1)
+    >>> kernel = lambda state: mala_step(state, target, 1.0, generator=generator)
+    >>> chain = sample_chain(kernel, torch.zeros(4, 2), num_samples=50, burn_in=10)
+    >>> chain.samples.shape, chain.acceptance_rate.shape
+    (torch.Size([50, 4, 2]), torch.Size([4]))
+    """
+    for name, value, minimum in (
+        ("num_samples", num_samples, 1),
+        ("burn_in", burn_in, 0),
+        ("thin", thin, 1),
+    ):
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}; got {value}")
+    state, kept, acceptance = initial, [], []
+    for step in range(burn_in + num_samples * thin):
+        out = kernel(state)
+        state, info = (out, None) if isinstance(out, Tensor) else out
+        if step >= burn_in:
+            if info is not None:
+                acceptance.append(info.acceptance_probability)
+            if (step - burn_in + 1) % thin == 0:
+                kept.append(state if isinstance(state, Tensor) else state.z)
+    rate = torch.stack(acceptance).mean(0) if acceptance else None
+    return SampledChain(torch.stack(kept), rate)
+
+
+def chain_effective_sample_size(samples: Tensor) -> Tensor:
+    r"""Effective sample size of each chain and coordinate, from its autocorrelations.
+
+    .. math:: \mathrm{ESS} = \frac{N}{1 + 2 \sum_{t \ge 1} \rho_t}
+
+    The sum is cut by Geyer's initial monotone sequence: sums of adjacent pairs of autocorrelations
+    are kept while they are positive, and made non-increasing.
+
+    :param samples: ``[N, ..., D]``, N at least 4, successive states along the first dimension.
+    :return: ``[..., D]``; values above N mean antithetic chains. A constant chain gives ``nan``.
+
+    Source: Geyer (1992), section 3.3.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> independent = torch.randn(4000, 1, generator=generator)
+    >>> bool(3500 < chain_effective_sample_size(independent) < 4500)
+    True
+    """
+    num_samples = samples.shape[0]
+    if num_samples < 4:
+        raise ValueError(f"an autocorrelation needs at least 4 samples; got {num_samples}")
+    centred = (samples - samples.mean(0)).double()
+    spectrum = torch.fft.rfft(centred, n=2 * num_samples, dim=0).abs().square()
+    autocovariance = torch.fft.irfft(spectrum, n=2 * num_samples, dim=0)[:num_samples]
+    correlation = autocovariance / autocovariance[0]
+    pairs = correlation[: num_samples // 2 * 2].unflatten(0, (-1, 2)).sum(1)
+    positive = (pairs > 0).to(pairs.dtype).cumprod(0)
+    monotone = torch.cummin(pairs, dim=0).values * positive
+    return num_samples / (2.0 * monotone.sum(0) - 1.0)
+
+
+def _normal_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+
+
+def _accept(
+    state: ChainState, proposal: ChainState, log_ratio: Tensor, generator: torch.Generator | None
+) -> tuple[ChainState, KernelInfo]:
+    """Metropolis test, chain by chain. A ratio that is not a number is a rejection."""
+    probability = torch.nan_to_num(log_ratio, nan=-torch.inf).clamp(max=0.0).exp()
+    uniform = torch.rand(
+        probability.shape, generator=generator, dtype=probability.dtype, device=probability.device
+    )
+    accepted = uniform < probability
+
+    def choose(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+        if new is None or old is None:
+            return None
+        return torch.where(
+            accepted.reshape(accepted.shape + (1,) * (new.ndim - accepted.ndim)), new, old
+        )
+
+    chosen = ChainState(*(choose(new, old) for new, old in zip(proposal, state, strict=True)))
+    return chosen, KernelInfo(probability, accepted)
+
+
+def _check_step_size(step_size: float | Tensor) -> None:
+    positive = (step_size > 0).all() if isinstance(step_size, Tensor) else step_size > 0
+    if not positive:
+        raise ValueError(f"step_size must be positive; got {step_size}")
+
+
+def _check_num_steps(num_steps: int, minimum: int) -> None:
+    if num_steps < minimum:
+        raise ValueError(f"num_steps must be at least {minimum}; got {num_steps}")

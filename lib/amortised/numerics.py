@@ -1,0 +1,110 @@
+"""Log-space scalars and gradients: the few numerical primitives everything else is built on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["CallCounter", "effective_sample_size", "log_mean_exp", "value_and_grad"]
+
+
+def log_mean_exp(x: Tensor, dim: int) -> Tensor:
+    r"""Logarithm of the arithmetic mean of exponentials, without overflow.
+
+    .. math:: \log \frac{1}{K} \sum_{k=1}^{K} \exp(x_k)
+
+    The order matters for bounds: the mean is taken *inside* the logarithm. A value of ``-inf``
+    counts as a zero weight and stays in the mean; a ``nan`` propagates.
+
+    :param x: log-values, any shape, in nats.
+    :param dim: the dimension that is averaged, of length K.
+    :return: ``x.shape`` without ``dim``, in nats.
+    :raises ValueError: when ``dim`` is empty.
+
+    >>> log_mean_exp(torch.tensor([0.0, -torch.inf]), dim=0)
+    tensor(-0.6931)
+    """
+    if x.shape[dim] == 0:
+        raise ValueError(
+            f"log_mean_exp needs at least one value along dim={dim}; got shape {tuple(x.shape)}"
+        )
+    return torch.logsumexp(x, dim) - math.log(x.shape[dim])
+
+
+def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
+    r"""Effective sample size of importance weights (Kish).
+
+    .. math:: \mathrm{ESS} = \frac{(\sum_k w_k)^2}{\sum_k w_k^2} = \frac{1}{\sum_k \bar w_k^2}
+
+    It lies in :math:`[1, K]`, and it is blind to modes that no sample has found. Where every weight
+    is zero no sample counts, and the value is 0.
+
+    :param log_weights: unnormalised log-weights in nats, any shape.
+    :param dim: the dimension of the K samples.
+    :return: ``log_weights.shape`` without ``dim``, in samples.
+
+    >>> effective_sample_size(torch.tensor([0.0, 0.0, -torch.inf]))
+    tensor(2.)
+    """
+    log_sum = torch.logsumexp(log_weights, dim)
+    ess = torch.exp(2.0 * log_sum - torch.logsumexp(2.0 * log_weights, dim))
+    return torch.where(log_sum == -torch.inf, torch.zeros_like(ess), ess)
+
+
+def value_and_grad(
+    logdensity_fn: Callable[[Tensor], Tensor], z: Tensor, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""Value of a batched scalar function and its gradient in ``z``.
+
+    The function acts on each point separately, so the gradient of the sum over points is the stack
+    of the gradients :math:`\nabla_z f(z_i)`, and one backward pass gives all of them.
+
+    :param logdensity_fn: maps ``[..., D]`` to ``[...]``.
+    :param z: points, ``[..., D]``.
+    :param create_graph: keep the graph, so that the gradient can itself be differentiated (a flow
+        trained through its leapfrog steps needs that). By default both results are detached.
+    :return: values ``[...]`` and gradients ``[..., D]``.
+    :raises ValueError: when the function does not return one value per point.
+
+    >>> value_and_grad(lambda z: -0.5 * z.square().sum(-1), torch.tensor([[1.0, 2.0]]))
+    (tensor([-2.5000]), tensor([[-1., -2.]]))
+    """
+    with torch.enable_grad():
+        if not (create_graph and z.requires_grad):
+            z = z.detach().requires_grad_(True)
+        value = logdensity_fn(z)
+        if value.shape != z.shape[:-1]:
+            raise ValueError(
+                "a log-density must map [..., D] to [...]: for z of shape "
+                f"{tuple(z.shape)} it returned {tuple(value.shape)}, expected {tuple(z.shape[:-1])}"
+            )
+        (grad,) = torch.autograd.grad(value.sum(), z, create_graph=create_graph)
+    return (value, grad) if create_graph else (value.detach(), grad)
+
+
+class CallCounter:
+    """Wrap a function of ``z`` and count how often, and at how many points, it is evaluated.
+
+    Wall time depends on the machine; the number of density (and hence gradient) evaluations does
+    not, so it is the unit of cost throughout the book.
+
+    :param fn: maps ``[..., D]`` to ``[...]``.
+
+    >>> f = CallCounter(lambda z: z.sum(-1))
+    >>> _ = f(torch.zeros(5, 2)), f(torch.zeros(3, 2))
+    >>> f.calls, f.points
+    (2, 8)
+    """
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]):
+        self.fn = fn
+        self.calls = 0
+        self.points = 0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        self.calls += 1
+        self.points += math.prod(z.shape[:-1])
+        return self.fn(z)
