@@ -68,7 +68,8 @@ class LatentVariableModel(nn.Module):
         Normalising constants are kept, so that ``log_joint`` minus a normalised ``log q`` is a
         log-weight for :math:`p_\theta(x)`. Arguments and errors as in :meth:`log_likelihood`.
         """
-        return self.prior().log_prob(z) + self.log_likelihood(x, z)
+        self._check(x, z)
+        return self.prior().log_prob(z) + self.likelihood(z).log_prob(x)
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> tuple[Tensor, Tensor]:

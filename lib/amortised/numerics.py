@@ -49,9 +49,9 @@ def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
     >>> effective_sample_size(torch.tensor([0.0, 0.0, -torch.inf]))
     tensor(2.)
     """
-    log_sum = torch.logsumexp(log_weights, dim)
-    ess = torch.exp(2.0 * log_sum - torch.logsumexp(2.0 * log_weights, dim))
-    return torch.where(log_sum == -torch.inf, torch.zeros_like(ess), ess)
+    ess = 1.0 / torch.softmax(log_weights, dim).square().sum(dim)
+    all_zero = (log_weights == -torch.inf).all(dim)
+    return torch.where(all_zero, torch.zeros_like(ess), ess)
 
 
 def value_and_grad(
