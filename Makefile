@@ -1,0 +1,67 @@
+# The front door. `make help` lists the targets; the graph behind them is workflow/Snakefile.
+
+# A new .venv is made with the first of these that is at least 3.11 and can make environments.
+PYTHON ?= python3 python3.13 python3.12 python3.11
+USABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
+INSTALL := no usable Python among '$(PYTHON)': install Python 3.11 or newer with its venv module \
+	(Debian and Ubuntu: apt-get install python3-venv) or name one, make PYTHON=/path/to/python3
+
+BIN := .venv/bin
+SNAKEMAKE := $(BIN)/python workflow/locked.py .cache/build.lock \
+	$(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/local
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+NB ?= $(basename $(notdir $(wildcard notebooks/[0-9]*.py)))
+
+unexport PYTHONPATH PYTHONHOME
+.DEFAULT_GOAL := help
+.PHONY: help book test site chapters notebooks smoke full coursework lock clean environment
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+book: environment ## install, execute the chapters, build the site: whatever has changed
+	@$(SNAKEMAKE) book
+	@echo "The book is ready: file://$(CURDIR)/book/_build/html/index.html"
+
+test: environment ## lint, unit tests, chapters at smoke size, committed outputs, site in a browser
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
+	@$(PYTEST) --ignore tests/test_site.py
+	@$(PYTEST) --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.cfg -o addopts= notebooks
+	@$(SNAKEMAKE) book
+	@$(PYTEST) tests/test_site.py
+
+site: book ## the same as book
+
+chapters: environment ## execute the chapters that have changed, into book/chapters
+	@$(SNAKEMAKE) chapters
+
+notebooks: environment ## write their outputs into the committed pairs; NB=01_vi_recap for one
+	@$(SNAKEMAKE) $(NB:%=book/chapters/%.ipynb)
+	@for name in $(NB); do \
+		cmp -s book/chapters/$$name.ipynb notebooks/$$name.ipynb || { \
+		cp book/chapters/$$name.ipynb notebooks/.$$name.new && \
+		mv notebooks/.$$name.new notebooks/$$name.ipynb && echo "updated notebooks/$$name.ipynb"; }; \
+	done
+
+smoke: environment ## execute the chapters with params/*.smoke.yaml, into book/_build/smoke
+	@$(SNAKEMAKE) smoke
+
+full: environment ## execute the chapters with params/*.full.yaml, into book/_build/full
+	@$(SNAKEMAKE) full
+
+coursework: environment ## copies of the chapters without the solutions, in book/_build/coursework
+	@$(BIN)/python workflow/coursework.py book/_build/coursework
+
+lock: environment ## renew requirements.lock and environment.yml; UPGRADE=1 for newest versions
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
+		--generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-package torch \
+		$(if $(UPGRADE),--upgrade) --output-file requirements.lock requirements.in pyproject.toml
+	@$(BIN)/python workflow/conda.py
+
+clean: ## remove everything made here but the environment
+	@rm -rf book/_build book/chapters .cache .snakemake .pytest_cache .ruff_cache
+
+environment:
+	@for python in $(PYTHON); do \
+		$$python -c '$(USABLE)' 2>/dev/null && exec $$python workflow/environment.py; \
+	done; echo "$(INSTALL)" >&2; exit 1
