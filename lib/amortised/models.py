@@ -6,14 +6,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import (
     Bernoulli,
+    Categorical,
     Distribution,
     Independent,
     LowRankMultivariateNormal,
+    MixtureSameFamily,
     MultivariateNormal,
     Normal,
 )
 
-__all__ = ["BernoulliDecoder", "ConvBernoulli", "LatentVariableModel", "LinearGaussian"]
+__all__ = [
+    "BernoulliDecoder",
+    "ConvBernoulli",
+    "GaussianMixture",
+    "LatentVariableModel",
+    "LinearGaussian",
+]
 
 
 class LatentVariableModel(nn.Module):
@@ -160,6 +168,92 @@ class LinearGaussian(LatentVariableModel):
         r"""The exact :math:`\log p(x)` in nats, ``[B, P] -> [B]``."""
         variance = self.noise_scale.square().expand(self.observation_dim)
         return LowRankMultivariateNormal(self.bias, self.weight, variance).log_prob(x)
+
+
+class GaussianMixture(LatentVariableModel):
+    r"""A scalar from a mixture of Gaussians, seen through Gaussian noise: all in closed form.
+
+    .. math::
+
+        z \sim \sum_{c=1}^{C} \pi_c\, \mathcal{N}(\mu_c, \sigma_c^2), \qquad
+        x \mid z \sim \mathcal{N}(z, \sigma^2)
+
+        p(x) = \sum_c \pi_c\, \mathcal{N}(x;\, \mu_c, \sigma_c^2 + \sigma^2), \qquad
+        p(z \mid x) = \sum_c P(c \mid x)\, \mathcal{N}\Big(z;\,
+        \frac{\sigma^2 \mu_c + \sigma_c^2 x}{\sigma_c^2 + \sigma^2},
+        \frac{\sigma_c^2 \sigma^2}{\sigma_c^2 + \sigma^2}\Big)
+
+    One component gives the Gaussian with unknown mean. Mixture weights are learned through logits,
+    scales through logarithms.
+
+    :param weights: :math:`\pi`, ``[C]``, positive; normalised here.
+    :param means: :math:`\mu`, ``[C]``.
+    :param scales: the standard deviations :math:`\sigma_c > 0`, ``[C]``.
+    :param noise_scale: the standard deviation :math:`\sigma > 0`, a scalar.
+    :raises ValueError: when shapes disagree, or a weight or a scale is not positive.
+
+    >>> model = GaussianMixture(torch.ones(2), torch.tensor([-5.0, 5.0]), torch.ones(2), 10.0)
+    >>> x = torch.tensor([[0.0], [10.0]])
+    >>> model.posterior(x).mean, model.log_evidence(x)
+    (tensor([[0.0000],
+            [2.3674]], grad_fn=...), tensor([-3.3503, -3.7275], grad_fn=...))
+    """
+
+    def __init__(self, weights: Tensor, means: Tensor, scales: Tensor, noise_scale: float | Tensor):
+        if means.ndim != 1 or weights.shape != means.shape or scales.shape != means.shape:
+            raise ValueError(
+                "weights, means and scales must all be [C]; got shapes "
+                f"{tuple(weights.shape)}, {tuple(means.shape)} and {tuple(scales.shape)}"
+            )
+        noise_scale = torch.as_tensor(noise_scale, dtype=means.dtype, device=means.device)
+        if noise_scale.ndim != 0:
+            raise ValueError(f"noise_scale must be a scalar; got shape {tuple(noise_scale.shape)}")
+        for name, value in (("weights", weights), ("scales", scales), ("noise_scale", noise_scale)):
+            if not (value > 0).all():
+                raise ValueError(f"{name} must be positive; got {value.tolist()}")
+        super().__init__(latent_dim=1, observation_dim=1)
+        self.logits = nn.Parameter(weights.detach().clone().log())
+        self.means = nn.Parameter(means.detach().clone())
+        self.log_scales = nn.Parameter(scales.detach().clone().log())
+        self.log_noise_scale = nn.Parameter(noise_scale.detach().clone().log())
+
+    def prior(self) -> MixtureSameFamily:
+        """The mixture, of event shape ``[1]``; its ``mixture_distribution`` is that of c."""
+        return _scalar_mixture(self.logits, self.means, self.log_scales.exp())
+
+    def likelihood(self, z: Tensor) -> Distribution:
+        r""":math:`\mathcal{N}(z, \sigma^2)` for latents ``[..., 1]``."""
+        return Independent(Normal(z, self.log_noise_scale.exp()), 1)
+
+    def evidence(self) -> MixtureSameFamily:
+        """The marginal of the observation, p(x), as a distribution of event shape ``[1]``."""
+        return _scalar_mixture(self.logits, self.means, self._marginal_scales())
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        r"""The exact :math:`\log p(x)` in nats, ``[..., 1] -> [...]``."""
+        return self.evidence().log_prob(x)
+
+    def posterior(self, x: Tensor) -> MixtureSameFamily:
+        r"""The exact posterior :math:`p(z \mid x)`, again a mixture.
+
+        :param x: observations, ``[..., 1]``.
+        :return: batch shape ``[...]`` and event shape ``[1]``; its ``mixture_distribution`` is
+            :math:`P(c \mid x)` and its ``component_distribution`` is :math:`p(z \mid x, c)`.
+        """
+        marginal_scales = self._marginal_scales()
+        share = (self.log_scales.exp() / marginal_scales).square()
+        logits = self.logits + Normal(self.means, marginal_scales).log_prob(x)
+        means = self.means + share * (x - self.means)
+        scales = share.sqrt() * self.log_noise_scale.exp()
+        return _scalar_mixture(logits, means, scales.expand_as(means))
+
+    def _marginal_scales(self) -> Tensor:
+        return torch.hypot(self.log_scales.exp(), self.log_noise_scale.exp())
+
+
+def _scalar_mixture(logits: Tensor, means: Tensor, scales: Tensor) -> MixtureSameFamily:
+    components = Independent(Normal(means.unsqueeze(-1), scales.unsqueeze(-1)), 1)
+    return MixtureSameFamily(Categorical(logits=logits), components)
 
 
 class BernoulliDecoder(LatentVariableModel):

@@ -9,6 +9,7 @@ distribution ``q`` itself, hence from PyTorch's global random stream. ``model`` 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,7 +23,12 @@ __all__ = [
     "elbo",
     "importance_log_weights",
     "iwae_bound",
+    "pq_loss",
+    "qp_loss",
+    "score_function_surrogate",
     "stl_surrogate",
+    "wake_phi_loss",
+    "wake_theta_loss",
 ]
 
 
@@ -152,7 +158,172 @@ def dreg_surrogate(
     return log_mean_exp(log_weights.detach(), dim=0) + surrogate - surrogate.detach()
 
 
+def qp_loss(model: LatentVariableModel, q: Distribution, x: Tensor, num_samples: int = 1) -> Tensor:
+    r"""Reverse divergence: the negative :func:`elbo`, which trains the encoder and the model.
+
+    .. math:: -\mathcal{L}(x) = \mathrm{KL}(q_\phi(\cdot \mid x) \,\|\, p_\theta(\cdot \mid x))
+        - \log p_\theta(x)
+
+    The latent is drawn from ``q`` and its gradient is taken through the draw, so ``q`` must be
+    reparameterisable and the density :math:`p_\theta(x, z)` must be known.
+
+    :return: ``[B]``, in nats; arguments and errors as in :func:`importance_log_weights`.
+
+    Source: Kingma and Welling (2014); named as in Le (2017).
+
+    >>> from amortised.models import LinearGaussian
+    >>> model = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
+    >>> x = torch.tensor([[1.5]])
+    >>> qp_loss(model, model.posterior(x), x).isclose(-model.log_evidence(x))
+    tensor([True])
+    """
+    return -elbo(model, q, x, num_samples)
+
+
+def pq_loss(encoder: Callable[[Tensor], Distribution], x: Tensor, z: Tensor) -> Tensor:
+    r"""Forward divergence: the log-loss of the encoder on latents of known observations.
+
+    .. math:: -\log q_\phi(z \mid x), \qquad
+        \mathbb{E}_{p(z \mid x)}[-\log q_\phi(z \mid x)]
+        = \mathrm{KL}(p(\cdot \mid x) \,\|\, q_\phi(\cdot \mid x)) + \mathrm{H}(p(\cdot \mid x))
+
+    With :math:`(z, x)` from the model this is inference compilation, the sleep phase, neural
+    posterior estimation. Only draws of the model are needed: no density, no reparameterisation, and
+    z may be discrete or a whole program trace. The draws are data: the graph is cut at ``x`` and
+    ``z``, so that no gradient reaches the model whose entropy would otherwise be "learned". That
+    is why the argument is the encoder and not its output.
+
+    :param encoder: maps ``[B, P]`` to a distribution of z (or any object with ``log_prob``).
+    :param x: observations, ``[B, P]``.
+    :param z: one latent for each observation, from :math:`p(z \mid x)`; ``[B, D]``.
+    :return: ``[B]``, in nats.
+    :raises ValueError: when ``x`` and ``z`` differ in their batch dimensions.
+
+    Source: Le, Baydin and Wood (2017); Hinton et al. (1995).
+
+    >>> from amortised.models import LinearGaussian
+    >>> model = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
+    >>> x, z = torch.tensor([[1.0]]), torch.tensor([[0.5]])  # z at the posterior mean
+    >>> pq_loss(model.posterior, x, z)  # log(pi) / 2
+    tensor([0.5724], grad_fn=...)
+    """
+    if x.shape[:-1] != z.shape[:-1]:
+        raise ValueError(
+            "pq_loss needs one latent for each observation: x has shape "
+            f"{tuple(x.shape)} and z has shape {tuple(z.shape)}"
+        )
+    return -encoder(x.detach()).log_prob(z.detach())
+
+
+def wake_phi_loss(
+    model: LatentVariableModel, q: Distribution, x: Tensor, num_samples: int
+) -> Tensor:
+    r"""Reweighted wake-sleep, encoder: the pq loss at given observations.
+
+    .. math:: -\sum_{k=1}^{K} \bar w_k \log q_\phi(z_k \mid x), \qquad z_k \sim q_\phi, \quad
+        \bar w_k = \frac{w_k}{\sum_j w_j}, \quad w_k = \frac{p_\theta(x, z_k)}{q_\phi(z_k \mid x)}
+
+    Self-normalised importance sampling replaces the draw from the posterior, with a bias of order
+    1/K. Draws and weights carry no gradient, so ``q`` need not be reparameterisable, and no
+    gradient reaches the model. For K = 1 the expected gradient is zero: nothing is learned.
+
+    :return: ``[B]``, in nats; arguments and errors as in :func:`importance_log_weights`.
+
+    Source: Bornschein and Bengio (2015), the wake-phase update of q.
+
+    >>> from amortised.models import GaussianMixture
+    >>> model = GaussianMixture(torch.ones(2), torch.tensor([-5.0, 5.0]), torch.ones(2), 10.0)
+    >>> wake_phi_loss(model, model.prior().expand([3]), torch.zeros(3, 1), num_samples=10).shape
+    torch.Size([3])
+    """
+    z, log_q = _fixed_samples(q, x, num_samples)
+    with torch.no_grad():
+        normalised = torch.softmax(model.log_joint(x, z) - log_q, dim=0)
+    return -(normalised * q.log_prob(z)).sum(0)
+
+
+def wake_theta_loss(
+    model: LatentVariableModel, q: Distribution, x: Tensor, num_samples: int
+) -> Tensor:
+    r"""Reweighted wake-sleep, model: the negative importance-weighted bound at fixed draws.
+
+    .. math:: -\log \frac{1}{K} \sum_{k=1}^{K} w_k, \qquad
+        \text{with gradient } -\sum_k \bar w_k \nabla_\theta \log p_\theta(x, z_k)
+
+    The gradient in the model's parameters is that of :func:`iwae_bound`, reversed in sign; none
+    reaches ``q``, which need not be reparameterisable.
+
+    :return: ``[B]``, in nats; arguments and errors as in :func:`importance_log_weights`.
+
+    Source: Bornschein and Bengio (2015), the wake-phase update of p.
+
+    >>> from amortised.models import GaussianMixture
+    >>> model = GaussianMixture(torch.ones(2), torch.tensor([-5.0, 5.0]), torch.ones(2), 10.0)
+    >>> x = torch.tensor([[7.0]])
+    >>> wake_theta_loss(model, model.posterior(x), x, 3).isclose(-model.log_evidence(x))
+    tensor([True])
+    """
+    z, log_q = _fixed_samples(q, x, num_samples)
+    return -log_mean_exp(model.log_joint(x, z) - log_q, dim=0)
+
+
+def score_function_surrogate(log_weights: Tensor, log_q: Tensor, baseline: bool = True) -> Tensor:
+    r"""The ELBO, with a gradient that needs no reparameterisation of the draws in ``log_q``.
+
+    .. math:: \frac{1}{K} \sum_{k=1}^{K} (f_k - b_k) \nabla_\phi \log q_\phi(c_k)
+        + \nabla f_k, \qquad f_k = \log w_k, \quad b_k = \frac{1}{K - 1} \sum_{j \ne k} f_j
+
+    Known as REINFORCE. The baseline :math:`b_k`, the mean of the *other* samples, is independent of
+    :math:`c_k`: it removes variance and adds no bias. What remains of :math:`f_k` may hold
+    reparameterised variables, whose gradient follows the path as usual.
+
+    :param log_weights: :math:`f_k`, ``[K, B]``, in nats.
+    :param log_q: log-probabilities of the draws :math:`c_k` that are not reparameterised,
+        ``[K, B]``, with their graph.
+    :param baseline: subtract the leave-one-out mean; needs K of at least 2.
+    :return: ``[B]``, in nats: the mean of ``log_weights``.
+    :raises ValueError: when the shapes differ, or K is too small for the baseline.
+
+    Source: Williams (1992); the leave-one-out baseline, Mnih and Rezende (2016).
+
+    >>> logits = torch.zeros(1, requires_grad=True)
+    >>> log_q = torch.stack([logits, -logits]).sigmoid().log()  # draws c = 1 and c = 0
+    >>> f = torch.tensor([[3.0], [1.0]])
+    >>> score_function_surrogate(f, log_q).sum().backward()
+    >>> logits.grad  # q(1) q(0) (f(1) - f(0)) = 0.5, twice: the two draws differ
+    tensor([1.])
+    """
+    if log_weights.shape != log_q.shape:
+        raise ValueError(
+            "log_weights and log_q must both be [K, B]; got shapes "
+            f"{tuple(log_weights.shape)} and {tuple(log_q.shape)}"
+        )
+    num_samples = log_weights.shape[0]
+    signal = log_weights.detach()
+    if baseline:
+        if num_samples < 2:
+            raise ValueError(
+                f"the leave-one-out baseline needs at least 2 samples; got {num_samples}"
+            )
+        signal = (signal - signal.mean(0)) * num_samples / (num_samples - 1)
+    surrogate = (signal * log_q).mean(0)
+    return log_weights.mean(0) + surrogate - surrogate.detach()
+
+
 def _reparameterised_samples(q: Distribution, x: Tensor, num_samples: int) -> Tensor:
+    _check_samples(q, x, num_samples)
+    return q.rsample((num_samples,))
+
+
+def _fixed_samples(q: Distribution, x: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Draws ``[K, B, D]`` from q and their log-densities ``[K, B]``, both without a graph."""
+    _check_samples(q, x, num_samples)
+    with torch.no_grad():
+        z = q.sample((num_samples,))
+        return z, q.log_prob(z)
+
+
+def _check_samples(q: Distribution, x: Tensor, num_samples: int) -> None:
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1; got {num_samples}")
     if q.batch_shape != x.shape[:-1]:
@@ -160,7 +331,6 @@ def _reparameterised_samples(q: Distribution, x: Tensor, num_samples: int) -> Te
             "q must have one distribution per observation: its batch shape is "
             f"{tuple(q.batch_shape)}, and x has shape {tuple(x.shape)}"
         )
-    return q.rsample((num_samples,))
 
 
 def _path_log_weights(
