@@ -1,4 +1,4 @@
-"""Sphinx settings of the book that need code: citations, display mathematics, launch buttons."""
+"""What the book needs of Sphinx beyond settings: citations, safe mathematics, alt texts, launch buttons."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ from docutils import nodes
 from pybtex.plugin import register_plugin
 from pybtex.style.formatting.plain import Style as PlainStyle
 from pybtex.style.labels import BaseLabelStyle
+from sphinx.util import logging
 from sphinxcontrib.bibtex.style.referencing import BracketStyle
 from sphinxcontrib.bibtex.style.referencing.author_year import AuthorYearReferenceStyle
 from sphinxcontrib.katex import html_visit_displaymath
 
+logger = logging.getLogger(__name__)
 
-def round_brackets() -> BracketStyle:
-    return BracketStyle(left="(", right=")")
+
+def _round() -> BracketStyle:
+    return dataclasses.field(default_factory=lambda: BracketStyle(left="(", right=")", sep="; "))
 
 
 @dataclasses.dataclass
 class RoundAuthorYear(AuthorYearReferenceStyle):
-    """Neal (2001) in running text, (Neal, 2001) in parentheses."""
+    """Neal (2001) in running text, (Neal, 2001; Burda et al., 2016) in parentheses."""
 
-    bracket_parenthetical: BracketStyle = dataclasses.field(default_factory=round_brackets)
-    bracket_textual: BracketStyle = dataclasses.field(default_factory=round_brackets)
-    bracket_author: BracketStyle = dataclasses.field(default_factory=round_brackets)
-    bracket_label: BracketStyle = dataclasses.field(default_factory=round_brackets)
-    bracket_year: BracketStyle = dataclasses.field(default_factory=round_brackets)
+    bracket_parenthetical: BracketStyle = _round()
+    bracket_textual: BracketStyle = _round()
+    bracket_author: BracketStyle = _round()
+    bracket_label: BracketStyle = _round()
+    bracket_year: BracketStyle = _round()
 
 
 class KeyLabels(BaseLabelStyle):
-    """The key of an entry is its label: unique, and hidden on the page by the style sheet."""
+    """The key of an entry is its label: unique in the book, and hidden by the style sheet."""
 
     def format_labels(self, sorted_entries):
-        for entry in sorted_entries:
-            yield entry.key
+        return [entry.key for entry in sorted_entries]
 
 
 class AuthorYearList(PlainStyle):
@@ -43,10 +45,31 @@ class AuthorYearList(PlainStyle):
 
 
 def display_math(self, node: nodes.math_block) -> None:
-    """As in sphinxcontrib.katex, with ``<`` and ``&`` escaped, which it does for inline mathematics only."""
+    """sphinxcontrib.katex with ``<`` and ``&`` escaped, which it does for inline mathematics only."""
     escaped = node.deepcopy()
     escaped.children = [nodes.Text(self.encode(node.astext()))]
     html_visit_displaymath(self, escaped)
+
+
+def require_alt_text(app, doctree) -> None:
+    """A picture without a description is an error (the build runs with -W)."""
+    for image in doctree.findall(nodes.image):
+        if "alt" not in image:
+            figure = image.next_node(nodes.caption, ascend=True, siblings=True)
+            named = f" in the figure {figure.astext()!r}" if figure else ""
+            logger.warning(
+                f"image without alt text{named}; say what it shows in the cell's "
+                'mystnb={"image": {"alt": "..."}} or in ![...](...)',
+                location=image,
+            )
+
+
+def drop_repeated_ids(app, doctree, docname) -> None:
+    """sphinx-exercise gives every exercise body the same id; a page may hold an id once."""
+    for section in doctree.findall(nodes.section):
+        section["ids"] = [
+            name for name in section["ids"] if name not in ("exercise-content", "solution-content")
+        ]
 
 
 def link_to_notebooks(app, pagename, templatename, context, doctree) -> None:
@@ -56,7 +79,7 @@ def link_to_notebooks(app, pagename, templatename, context, doctree) -> None:
         button = dict(button)
         if "buttons" in button:
             button["buttons"] = [relocate(child) for child in button["buttons"]]
-        if "url" in button and button["url"].startswith("http"):
+        if button.get("url", "").startswith("http"):
             for slash in ("/", "%2F"):
                 built = slash.join(("book", "chapters", ""))
                 button["url"] = button["url"].replace(built, f"notebooks{slash}")
@@ -75,5 +98,7 @@ def setup(app):
     register_plugin("pybtex.style.formatting", "author_year_list", AuthorYearList)
     app.setup_extension("sphinxcontrib.katex")
     app.registry.html_block_math_renderers["katex"] = (display_math, None)
+    app.connect("doctree-read", require_alt_text)
+    app.connect("doctree-resolved", drop_repeated_ids)
     app.connect("html-page-context", link_to_notebooks, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
