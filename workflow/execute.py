@@ -35,8 +35,6 @@ KERNEL_ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "JUPYTER_PREFER_ENV_PATH": "1",
 }
-# Sockets in files: two kernels that start together cannot race for one port.
-KERNEL_CONFIG = Config(KernelManager={"transport": "ipc"})
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 RUN_METADATA = [
     "metadata.papermill",
@@ -66,9 +64,10 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def execute(source: Path, parameters: dict, partial: Path | None = None) -> nbformat.NotebookNode:
     """Run the chapter in a fresh kernel; raise :class:`PapermillExecutionError` if a cell fails."""
-    with tempfile.TemporaryDirectory() as ipython_directory:
-        environment = KERNEL_ENVIRONMENT | {"IPYTHONDIR": ipython_directory}
-        os.environ.update(environment)
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ.update(KERNEL_ENVIRONMENT, IPYTHONDIR=scratch)
+        # Sockets in files of our own: two kernels that start together cannot race for one port.
+        sockets = {"transport": "ipc", "ip": f"{scratch}/kernel"}
         notebook = papermill.execute_notebook(
             read_chapter(source),
             partial,
@@ -77,7 +76,7 @@ def execute(source: Path, parameters: dict, partial: Path | None = None) -> nbfo
             progress_bar=False,
             request_save_on_cell_execute=False,
             coalesce_streams=True,
-            config=KERNEL_CONFIG,
+            config=Config(KernelManager=sockets),
         )
     if parameters:
         # The injected cell shows the values in force; the defaults need not be rendered beside it.
