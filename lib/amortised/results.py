@@ -1,0 +1,771 @@
+"""Results: provenance, files, published numbers and tables. Imports no algorithm.
+
+A result is one row of a study at one scale and one seed: ``data/results/<study>/`` holds
+``<row>-<scale>-seed<k>.json`` and, beside it, the per-image values as float32 safetensors of the
+same name. Weights are safetensors with the architecture in their metadata. Every file is written
+under a temporary name and then renamed, and nothing is ever pickled.
+
+.. list-table:: Keys of a result
+   :header-rows: 1
+
+   * - key
+     - meaning
+   * - ``study``, ``row``, ``scale``
+     - names of lower-case letters, digits and underscores
+   * - ``seed``
+     - an integer from 0
+   * - ``config``, ``config_hash``
+     - the settings of the run and their :func:`config_hash`
+   * - ``recipe_version``
+     - an integer from 1, raised when a change of the code alters the numbers
+   * - ``status``
+     - ``"done"``, ``"partial"`` or ``"failed"``; a failed run states its ``reason``
+   * - ``metrics``
+     - ``{name: {mean, se, n}}``; ``se`` is null exactly when ``n`` is 1
+   * - ``provenance``
+     - what :func:`provenance` returns
+   * - ``per_image_sha256``
+     - digest of the safetensors file, null if there is none; set by :func:`save_result`
+   * - ``details``
+     - optional: anything else worth keeping
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from amortised.data import atomic_write, data_folder, digests
+
+__all__ = [
+    "Estimate",
+    "Result",
+    "ResultError",
+    "Table",
+    "check_result",
+    "config_hash",
+    "format_estimate",
+    "load_published",
+    "load_result",
+    "load_weights",
+    "markdown_table",
+    "mean_and_se",
+    "paired_difference",
+    "provenance",
+    "result_path",
+    "save_result",
+    "save_weights",
+    "summarise",
+]
+
+
+class ResultError(ValueError):
+    """A result or a file of weights departs from its format; the message lists every fault."""
+
+
+class Estimate(NamedTuple):
+    """A mean over ``n`` values with its standard error, in the unit of the values."""
+
+    mean: float
+    se: float
+    n: int
+
+
+class Result(NamedTuple):
+    """A result as read from disk: the JSON ``record`` and ``{metric: values [N]}``."""
+
+    record: dict
+    per_image: dict[str, Tensor]
+
+
+class Table(str):
+    """Markdown text that a notebook shows as a table."""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
+# ------------------------------------------------------------------------------------- statistics
+
+
+def _finite_vector(name: str, values) -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().to("cpu", torch.float64).numpy()
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.ndim != 1:
+        raise ValueError(f"{name} has shape {vector.shape}; give one value per image, shape [N]")
+    if not np.isfinite(vector).all():
+        count = int((~np.isfinite(vector)).sum())
+        raise ValueError(
+            f"{name} holds {count} values of {vector.size} that are not finite, the first at "
+            f"position {int(np.argmin(np.isfinite(vector)))}. A mean over the others would be "
+            "another quantity: find out where they come from."
+        )
+    return vector
+
+
+def mean_and_se(values: Tensor | Sequence[float]) -> Estimate:
+    r"""Sample mean and its standard error, computed in double precision.
+
+    .. math::
+        \bar v = \frac1N \sum_{n=1}^N v_n, \qquad
+        \mathrm{se} = \sqrt{\frac{1}{N (N - 1)} \sum_{n=1}^N (v_n - \bar v)^2}.
+
+    :param values: ``[N]`` with N of at least 2: a tensor, an array or a list.
+    :raises ValueError: if ``values`` is not a vector, has fewer than 2 entries, or holds NaN or
+        infinities; none is ever dropped.
+
+    >>> mean_and_se([1.0, 2.0, 3.0, 4.0])
+    Estimate(mean=2.5, se=0.6454972243679028, n=4)
+    """
+    vector = _finite_vector("values", values)
+    if vector.size < 2:
+        raise ValueError(f"values has {vector.size} entries; a standard error needs at least 2")
+    se = float(vector.std(ddof=1) / math.sqrt(vector.size))
+    return Estimate(float(vector.mean()), se, vector.size)
+
+
+def paired_difference(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) -> Estimate:
+    r"""Mean of the differences ``a - b`` over the same images, with its standard error.
+
+    .. math::
+        \bar d = \frac1N \sum_n (a_n - b_n), \qquad
+        \mathrm{se} = \mathrm{sd}(a_n - b_n) / \sqrt{N}.
+
+    Images differ far more than models do, so the paired standard error is much smaller than that of
+    two separate means. Entry ``n`` of both must belong to the same image: in ``data/results``, row
+    n of every per-image array is row n of :func:`amortised.data.load_mnist_binary`.
+
+    :param a: ``[N]``, one value per image.
+    :param b: ``[N]``, values of the same images in the same order.
+    :raises ValueError: if the shapes differ or a value is not finite.
+
+    >>> paired_difference([1.0, 20.0, 300.0], [0.0, 18.0, 299.0])
+    Estimate(mean=1.333..., se=0.333..., n=3)
+    """
+    first, second = _finite_vector("a", a), _finite_vector("b", b)
+    if first.size != second.size:
+        raise ValueError(
+            f"a has {first.size} images and b has {second.size}: a paired difference needs the "
+            "same images. Evaluate both on the same ones, or cut both to those they share."
+        )
+    return mean_and_se(first - second)
+
+
+def summarise(per_image: Mapping[str, Tensor]) -> dict[str, dict]:
+    """``metrics`` of a result from its per-image values, in the float32 in which they are stored.
+
+    :param per_image: ``{metric: values [N]}``.
+    :returns: ``{metric: {"mean": ..., "se": ..., "n": ...}}``.
+    :raises ValueError: as :func:`mean_and_se`.
+
+    >>> summarise({"elbo": torch.tensor([-90.0, -92.0])})
+    {'elbo': {'mean': -91.0, 'se': 1.0, 'n': 2}}
+    """
+    return {
+        name: mean_and_se(values.detach().to(torch.float32))._asdict()
+        for name, values in per_image.items()
+    }
+
+
+# ------------------------------------------------------------------------------------- provenance
+
+
+def _canonical(value: object, where: str) -> object:
+    """``value`` as plain JSON data in which equal settings look alike."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where} is {value}; a configuration holds finite numbers")
+        return int(value) if value.is_integer() else value
+    if isinstance(value, list | tuple):
+        return [_canonical(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{where} has the key {key!r}; keys are strings")
+        return {key: _canonical(item, f"{where}[{key!r}]") for key, item in value.items()}
+    raise TypeError(
+        f"{where} = {value!r} is a {type(value).__name__}; a configuration holds numbers, "
+        "strings, booleans, None, lists and mappings"
+    )
+
+
+def _canonical_json(value: object, where: str) -> str:
+    return json.dumps(_canonical(value, where), sort_keys=True, separators=(",", ":"))
+
+
+def config_hash(config: Mapping) -> str:
+    """SHA-256 of a configuration's canonical JSON.
+
+    The order of the keys does not matter, nor whether a whole number is written ``2`` or ``2.0``.
+
+    :param config: nested mappings and lists of finite numbers, strings, booleans and ``None``.
+    :raises TypeError: if ``config`` is no mapping or holds a key or a value of another type.
+    :raises ValueError: for a number that is not finite.
+
+    >>> config_hash({"step_size": 2.0, "T": 5}) == config_hash({"T": 5, "step_size": 2})
+    True
+    >>> config_hash({"T": 5})[:12]
+    'a63cf06b1788'
+    """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config is a {type(config).__name__}; give a mapping of settings")
+    return hashlib.sha256(_canonical_json(config, "config").encode()).hexdigest()
+
+
+def _git(*words: str) -> str | None:
+    """Output of a git command in the repository, or ``None`` where that is no git checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(data_folder().parent), *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if names:
+            return names[0].strip()
+    return platform.processor() or platform.machine()
+
+
+def provenance(
+    device: str | torch.device = "cpu",
+    *,
+    started: float,
+    wall_seconds: float | None = None,
+    datasets: Iterable[str] = ("mnist",),
+) -> dict:
+    """Where a number comes from: code, versions, device, data, and how long it took.
+
+    :param device: the device that did the work.
+    :param started: ``time.time()`` at the start of the run, seconds.
+    :param wall_seconds: time the run took, seconds; ``None`` takes the time since ``started``. A
+        run that was interrupted and resumed passes the sum over its pieces.
+    :param datasets: names in the registry of the data sets that were read.
+    :returns: a dictionary for JSON: ``commit`` (40 hex digits; null outside a git checkout, where
+        the variable ``AMORTISED_COMMIT`` can state it), ``dirty`` (whether ``lib``, ``workflow``
+        or ``notebooks`` differ from that commit; null if unknown), ``versions``, ``device``
+        (``type``, ``name``, and ``threads`` on a CPU), ``started`` (ISO 8601, UTC),
+        ``wall_seconds`` and ``data_sha256``.
+    :raises ValueError: if ``started`` lies in the future or ``wall_seconds`` is negative.
+
+    >>> facts = provenance("cpu", started=time.time())
+    >>> facts["device"]["type"], facts["versions"]["torch"] == torch.__version__
+    ('cpu', True)
+    """
+    now = time.time()
+    wall_seconds = now - started if wall_seconds is None else float(wall_seconds)
+    if started > now or not (math.isfinite(wall_seconds) and wall_seconds >= 0):
+        raise ValueError(
+            f"started = {started} and wall_seconds = {wall_seconds}: give time.time() of the start "
+            "and a duration of at least 0 seconds"
+        )
+    device = torch.device(device)
+    described = {"type": device.type, "name": _device_name(device)}
+    if device.type == "cpu":
+        described["threads"] = torch.get_num_threads()
+    top_level = _git("rev-parse", "--show-toplevel")
+    is_checkout = top_level is not None and Path(top_level).samefile(data_folder().parent)
+    commit = _git("rev-parse", "HEAD") if is_checkout else None
+    changes = _git("status", "--porcelain", "--", "lib", "workflow", "notebooks")
+    return {
+        "commit": commit or os.environ.get("AMORTISED_COMMIT"),
+        "dirty": None if commit is None or changes is None else bool(changes),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+            "safetensors": safetensors.__version__,
+            "cuda": torch.version.cuda,
+        },
+        "device": described,
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "wall_seconds": round(wall_seconds, 3),
+        "data_sha256": digests(*datasets),
+    }
+
+
+# ------------------------------------------------------------------------------------ result files
+
+
+_NAME = re.compile(r"[a-z0-9_]+")
+_STATUSES = ("done", "partial", "failed")
+_REQUIRED = {
+    "study": str,
+    "row": str,
+    "scale": str,
+    "seed": int,
+    "config": dict,
+    "config_hash": str,
+    "recipe_version": int,
+    "status": str,
+    "metrics": dict,
+    "provenance": dict,
+}
+_OPTIONAL = {"reason": str, "details": dict, "per_image_sha256": (str, type(None))}
+_PROVENANCE = {
+    "commit": (str, type(None)),
+    "dirty": (bool, type(None)),
+    "versions": dict,
+    "device": dict,
+    "started": str,
+    "wall_seconds": (int, float),
+    "data_sha256": dict,
+}
+
+
+def result_path(root: str | Path, study: str, row: str, scale: str, seed: int) -> Path:
+    """Path of a result's JSON file below ``root``, the folder of all studies.
+
+    :raises ResultError: if a name holds anything but lower-case letters, digits and underscores, or
+        if ``seed`` is not an integer from 0.
+
+    >>> result_path("data/results", "vae_recap", "iwae_50", "laptop", 0).as_posix()
+    'data/results/vae_recap/iwae_50-laptop-seed0.json'
+    """
+    faults = _name_faults({"study": study, "row": row, "scale": scale, "seed": seed})
+    if faults:
+        raise ResultError("; ".join(faults))
+    return Path(root) / study / f"{row}-{scale}-seed{seed}.json"
+
+
+def _is_type(value: object, kinds: type | tuple[type, ...]) -> bool:
+    """``isinstance``, except that a boolean counts as an integer nowhere."""
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+
+
+def _type_faults(record: Mapping, required: dict, optional: dict, where: str = "") -> list[str]:
+    faults = [f"{where}{key} is missing" for key in required if key not in record]
+    known = required | optional
+    for key, value in record.items():
+        if key not in known:
+            faults.append(f"{where}{key} is unknown (known: {', '.join(known)})")
+        elif not _is_type(value, known[key]):
+            faults.append(f"{where}{key} = {value!r} is of type {type(value).__name__}")
+    return faults
+
+
+def _name_faults(record: Mapping) -> list[str]:
+    faults = [
+        f"{key} = {record[key]!r} must consist of lower-case letters, digits and underscores"
+        for key in ("study", "row", "scale")
+        if not (isinstance(record[key], str) and _NAME.fullmatch(record[key]))
+    ]
+    if not _is_type(record["seed"], int) or record["seed"] < 0:
+        faults.append(f"seed = {record['seed']!r} must be an integer from 0")
+    return faults
+
+
+def _metric_faults(metrics: Mapping) -> list[str]:
+    faults = []
+    for name, metric in metrics.items():
+        if not isinstance(metric, dict) or set(metric) != {"mean", "se", "n"}:
+            faults.append(f"metrics[{name!r}] = {metric!r} must hold exactly mean, se and n")
+            continue
+        mean, se, n = metric["mean"], metric["se"], metric["n"]
+        number = (int, float)
+        if not (_is_type(mean, number) and math.isfinite(mean)):
+            faults.append(f"metrics[{name!r}].mean = {mean!r} must be a finite number")
+        if not _is_type(n, int) or n < 1:
+            faults.append(f"metrics[{name!r}].n = {n!r} must be an integer from 1")
+        elif n == 1 and se is not None:
+            faults.append(f"metrics[{name!r}].se = {se!r} must be null for a single value")
+        elif n > 1 and not (_is_type(se, number) and math.isfinite(se) and se >= 0):
+            faults.append(f"metrics[{name!r}].se = {se!r} must be a finite number from 0")
+    return faults
+
+
+def check_result(record: Mapping) -> None:
+    """Check a result's record against the format at the head of this module.
+
+    :raises ResultError: with every fault: missing, unknown and ill-typed keys, malformed names,
+        metrics that are not finite, a ``config_hash`` that is not that of ``config``.
+
+    >>> check_result({"study": "vae_recap"})
+    Traceback (most recent call last):
+    ...
+    amortised.results.ResultError: not a result:
+      row is missing
+    ...
+    """
+    faults = _type_faults(record, _REQUIRED, _OPTIONAL)
+    if not faults:
+        faults += _name_faults(record)
+        faults += _metric_faults(record["metrics"])
+        faults += _type_faults(record["provenance"], _PROVENANCE, {}, where="provenance.")
+        if record["recipe_version"] < 1:
+            faults.append(f"recipe_version = {record['recipe_version']} must be at least 1")
+        if record["status"] not in _STATUSES:
+            faults.append(f"status = {record['status']!r} must be one of {', '.join(_STATUSES)}")
+        if (record["status"] == "failed") != bool(record.get("reason")):
+            faults.append("reason must be stated for a failed run, and for no other")
+        if record["status"] == "done" and not record["metrics"]:
+            faults.append("metrics is empty, though status is 'done'")
+        try:
+            expected = config_hash(record["config"])
+        except (TypeError, ValueError) as error:
+            faults.append(str(error))
+        else:
+            if record["config_hash"] != expected:
+                faults.append(
+                    f"config_hash = {record['config_hash']!r} is not that of config, {expected!r}"
+                )
+    if faults:
+        raise ResultError("not a result:\n  " + "\n  ".join(faults))
+
+
+def _check_per_image(record: Mapping, per_image: Mapping[str, Tensor]) -> None:
+    """Per-image values are finite float32 vectors, and the metrics of their names are theirs."""
+    faults = []
+    for name, values in per_image.items():
+        if not isinstance(values, Tensor) or values.dtype != torch.float32 or values.ndim != 1:
+            described = (
+                f"{values.dtype} of shape {tuple(values.shape)}"
+                if isinstance(values, Tensor)
+                else type(values).__name__
+            )
+            faults.append(f"per_image[{name!r}] is {described}, expected a float32 tensor [N]")
+        elif name not in record["metrics"]:
+            faults.append(f"per_image[{name!r}] has no metric of its name")
+        else:
+            try:
+                found = mean_and_se(values)
+            except ValueError as error:
+                faults.append(f"per_image[{name!r}]: {error}")
+                continue
+            metric = Estimate(**record["metrics"][name])
+            close = math.isclose(found.mean, metric.mean, rel_tol=1e-5, abs_tol=1e-6)
+            close = close and math.isclose(found.se, metric.se or 0.0, rel_tol=1e-4, abs_tol=1e-6)
+            if found.n != metric.n or not close:
+                faults.append(
+                    f"metrics[{name!r}] states {metric}, its per-image values give {found}"
+                )
+    if faults:
+        raise ResultError("per-image values do not fit the result:\n  " + "\n  ".join(faults))
+
+
+def save_result(
+    root: str | Path, record: Mapping, per_image: Mapping[str, Tensor] | None = None
+) -> Path:
+    """Check a result and write it: the per-image values first, then the JSON that vouches for them.
+
+    A process killed in between leaves a pair that :func:`load_result` refuses, never one that mixes
+    two runs.
+
+    :param root: the folder of all studies, ``data/results`` for results that are committed.
+    :param record: as in the table at the head of this module, without ``per_image_sha256``.
+    :param per_image: ``{metric: values}``, float32 ``[N]``; row n belongs to image n.
+    :returns: path of the JSON file.
+    :raises ResultError: if anything departs from the format, before anything is written.
+    :raises OSError: if the folder cannot be written; a result that was there stays.
+
+    >>> import tempfile
+    >>> elbo = {"elbo": torch.tensor([-90.0, -92.0])}
+    >>> config = {"epochs": 2}
+    >>> record = dict(study="vae_recap", row="vae", scale="smoke", seed=0, config=config,
+    ...               config_hash=config_hash(config), recipe_version=1, status="done",
+    ...               metrics=summarise(elbo), provenance=provenance(started=time.time()))
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     path = save_result(root, record, elbo)
+    ...     path.name, load_result(path).per_image["elbo"].tolist()
+    ('vae-smoke-seed0.json', [-90.0, -92.0])
+    """
+    record = {**record, "per_image_sha256": None}
+    check_result(record)
+    path = result_path(root, *(record[key] for key in ("study", "row", "scale", "seed")))
+    if per_image:
+        _check_per_image(record, per_image)
+        described = {key: record[key] for key in ("study", "row", "scale", "seed", "config_hash")}
+        content = safetensors.torch.save(
+            {name: values.detach().cpu().contiguous() for name, values in per_image.items()},
+            metadata={"amortised": _canonical_json(described, "metadata")},
+        )
+        record["per_image_sha256"] = hashlib.sha256(content).hexdigest()
+        atomic_write(path.with_suffix(".safetensors"), content)
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+    atomic_write(path, f"{text}\n".encode())
+    if not per_image:
+        path.with_suffix(".safetensors").unlink(missing_ok=True)
+    return path
+
+
+def load_result(path: str | Path) -> Result:
+    """Read and check a result with its per-image values.
+
+    :param path: the JSON file.
+    :raises FileNotFoundError: if there is none.
+    :raises ResultError: if the record departs from the format, lies under another name than its
+        own, or if the per-image values are missing, damaged, of another run, or disagree with the
+        metrics.
+
+    >>> load_result("missing.json")
+    Traceback (most recent call last):
+    ...
+    FileNotFoundError: ...
+    """
+    path = Path(path)
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ResultError(f"{path} is not JSON: {error}. Run this row again.") from error
+    if not isinstance(record, dict):
+        raise ResultError(f"{path} holds a {type(record).__name__}, not the record of a result")
+    try:
+        check_result(record)
+        own = result_path("", *(record[key] for key in ("study", "row", "scale", "seed")))
+        if (own.parent.name, own.name) != (path.absolute().parent.name, path.name):
+            raise ResultError(f"it is the result {own.as_posix()} by its content")
+        per_image = _load_per_image(path.with_suffix(".safetensors"), record)
+        _check_per_image(record, per_image)
+    except ResultError as error:
+        raise ResultError(f"{path}: {error}") from error
+    return Result(record, per_image)
+
+
+def _load_per_image(path: Path, record: Mapping) -> dict[str, Tensor]:
+    expected = record.get("per_image_sha256")
+    if expected is None:
+        if path.exists():
+            raise ResultError(f"{path.name} lies beside a result that has no per-image values")
+        return {}
+    if not path.is_file():
+        raise ResultError(f"its per-image values, {path.name}, are missing. Run this row again.")
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise ResultError(
+            f"{path.name} has SHA-256 {found}, expected {expected}: it is damaged or of another "
+            "run. Run this row again."
+        )
+    return safetensors.torch.load(content)
+
+
+# ----------------------------------------------------------------------------------------- weights
+
+
+def save_weights(
+    path: str | Path, module: nn.Module, architecture: Mapping, details: Mapping | None = None
+) -> None:
+    """Save a decoder or an encoder as safetensors that say what they are weights of.
+
+    :param path: file to write, atomically.
+    :param module: its parameters and buffers are saved, on the CPU and in their dtype.
+    :param architecture: what one needs to build ``module`` again, for instance
+        ``{"class": "ConvBernoulli", "latent_dim": 32}``; :func:`load_weights` compares it.
+    :param details: anything else worth keeping, for instance the provenance.
+    :raises TypeError: if ``architecture`` or ``details`` holds a value that is no JSON.
+    :raises ValueError: if a weight is not finite; the tensors are named.
+    :raises OSError: if the file cannot be written; one that was there stays.
+
+    >>> import tempfile
+    >>> layer, again = nn.Linear(3, 2), nn.Linear(3, 2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "layer.safetensors")
+    ...     save_weights(path, layer, {"class": "Linear"}, {"epochs": 2})
+    ...     load_weights(path, again, {"class": "Linear"})
+    {'epochs': 2}
+    >>> bool((layer.weight == again.weight).all())
+    True
+    """
+    tensors = {name: value.detach().cpu() for name, value in module.state_dict().items()}
+    bad = [
+        name
+        for name, value in tensors.items()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if bad:
+        raise ValueError(f"weights are not finite: {', '.join(bad)}; nothing is saved")
+    described = {"architecture": dict(architecture), "details": dict(details or {})}
+    content = safetensors.torch.save(
+        {name: value.contiguous().clone() for name, value in tensors.items()},
+        metadata={"amortised": _canonical_json(described, "metadata")},
+    )
+    atomic_write(path, content)
+
+
+def load_weights(path: str | Path, module: nn.Module, architecture: Mapping) -> dict:
+    """Load weights into a module that is the one they belong to, and into no other.
+
+    :param path: a file of :func:`save_weights`.
+    :param module: changed in place, only once everything fits.
+    :param architecture: the architecture of ``module``; must equal that of the file.
+    :returns: the ``details`` that were saved.
+    :raises FileNotFoundError: if there is no such file.
+    :raises ResultError: if the file is damaged, if an entry of the architecture differs, or if a
+        tensor is missing, superfluous, or of another shape or dtype; each is named.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "layer.safetensors")
+    ...     save_weights(path, nn.Linear(3, 2), {"class": "Linear", "inputs": 3})
+    ...     load_weights(path, nn.Linear(4, 2), {"class": "Linear", "inputs": 4})
+    Traceback (most recent call last):
+    ...
+    amortised.results.ResultError: .../layer.safetensors does not fit the module:
+      architecture: inputs is 3 in the file, 4 in the module
+      weight: float32 [2, 3] in the file, float32 [2, 4] in the module
+    """
+    wanted = json.loads(_canonical_json(architecture, "architecture"))
+    path = Path(path)
+    content = path.read_bytes()
+    try:
+        tensors = safetensors.torch.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        stored = json.loads(header["__metadata__"]["amortised"])
+        written, details = stored["architecture"], stored["details"]
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ResultError(f"{path} is damaged or not of this project: {error!r}") from error
+    absent = "absent"
+    faults = [
+        f"architecture: {key} is {written.get(key, absent)} in the file, "
+        f"{wanted.get(key, absent)} in the module"
+        for key in sorted(written.keys() | wanted.keys())
+        if written.get(key, absent) != wanted.get(key, absent)
+    ]
+    state = module.state_dict()
+    for name in sorted(tensors.keys() | state.keys()):
+        found, needed = (
+            f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+            if (value := source.get(name)) is not None
+            else absent
+            for source in (tensors, state)
+        )
+        if found != needed:
+            faults.append(f"{name}: {found} in the file, {needed} in the module")
+    if faults:
+        raise ResultError(f"{path} does not fit the module:\n  " + "\n  ".join(faults))
+    module.load_state_dict(tensors)
+    return details
+
+
+# ------------------------------------------------------------------- published numbers and tables
+
+
+def load_published(name: str, **where: str) -> list[dict]:
+    """Published numbers, each with its protocol and source, from ``data/published/<name>.csv``.
+
+    :param name: name of the file, for instance ``"amc"``.
+    :param where: keep the rows whose column holds exactly this text, for instance
+        ``metric="HAIS-LL"``.
+    :returns: one dictionary per row: the columns ``paper``, ``table``, ``row``, ``metric``,
+        ``unit``, ``protocol``, ``known_from`` as text, ``value`` as a float, ``plus_minus`` as a
+        float or ``None`` where the source gives none, and ``printed``, the number with the digits
+        of the source.
+    :raises ValueError: for an unknown file or column, or a text that no row holds; it lists the
+        choices.
+
+    >>> row, = load_published("amc", row="Gaussian | VAE", metric="HAIS-LL")
+    >>> row["value"], row["unit"], row["printed"], row["known_from"]
+    (-80.64, 'nats', '-80.64', 'slides')
+    """
+    folder = data_folder() / "published"
+    path = folder / f"{name}.csv"
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in folder.glob("*.csv")))
+        raise ValueError(f"no published numbers {name!r}; choose from {names}")
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    for column, text in where.items():
+        if column not in rows[0]:
+            raise ValueError(f"no column {column!r} in {path.name}; choose from {list(rows[0])}")
+        kept = [row for row in rows if row[column] == text]
+        if not kept:
+            texts = list(dict.fromkeys(row[column] for row in rows))
+            raise ValueError(f"no row of {path.name} has {column} {text!r}; there are {texts}")
+        rows = kept
+    for row in rows:
+        row["printed"] = row["value"] + (f" ± {row['plus_minus']}" if row["plus_minus"] else "")
+        row["value"] = float(row["value"])
+        row["plus_minus"] = float(row["plus_minus"]) if row["plus_minus"] else None
+    return rows
+
+
+def format_estimate(mean: float, se: float | None = None, decimals: int = 2) -> str:
+    """A number with its standard error, as the tables print it.
+
+    >>> format_estimate(-80.6412, 0.2249)
+    '-80.64 ± 0.22'
+    >>> format_estimate(-80.6412, decimals=1)
+    '-80.6'
+    """
+    text = f"{mean:.{decimals}f}"
+    return text if se is None else f"{text} ± {se:.{decimals}f}"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence], decimals: int = 2) -> Table:
+    """A table that a notebook renders: the last expression of a cell is enough.
+
+    :param header: titles of the columns.
+    :param rows: cells of each row. Text and integers appear as they are, floats with ``decimals``
+        decimals, an :class:`Estimate` or a metric ``{mean, se, n}`` of a result as
+        ``mean ± se``, and ``None`` as a dash.
+    :param decimals: digits after the point.
+    :returns: the Markdown; columns that hold no text are set flush right.
+    :raises ValueError: if there is no column or a row has another number of cells.
+
+    >>> print(markdown_table(["method", "LL"], [["a | b", Estimate(-80.641, 0.224, 9)]]))
+    | method | LL |
+    | :-- | --: |
+    | a \\| b | -80.64 ± 0.22 |
+    """
+    rows = [list(row) for row in rows]
+    width = len(header)
+    if not width:
+        raise ValueError("header is empty; a table needs at least one column")
+    for index, row in enumerate(rows):
+        if len(row) != width:
+            raise ValueError(f"row {index} has {len(row)} cells, the header {width}: {row}")
+    flush_left = [any(isinstance(row[column], str) for row in rows) for column in range(width)]
+    lines = [
+        [_cell(title, decimals) for title in header],
+        [":--" if left else "--:" for left in flush_left],
+        *([_cell(value, decimals) for value in row] for row in rows),
+    ]
+    return Table("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def _cell(value: object, decimals: int) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, Estimate):
+        return format_estimate(value.mean, value.se, decimals)
+    if isinstance(value, Mapping):
+        return format_estimate(value["mean"], value["se"], decimals)
+    if isinstance(value, float):
+        return format_estimate(value, decimals=decimals)
+    return str(value).replace("|", "\\|").replace("\n", " ")
