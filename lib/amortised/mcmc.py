@@ -271,6 +271,21 @@ def negative_energy(state: LeapfrogState) -> Tensor:
     return state.logdensity - 0.5 * state.momentum.square().sum(-1)
 
 
+def metropolis_test(log_ratio: Tensor, generator: torch.Generator | None = None) -> KernelInfo:
+    r"""Accept each proposal with probability :math:`\min(1, e^{r})`, independently.
+
+    :param log_ratio: r, one value per chain, any shape; for Hamiltonian kernels the fall in energy.
+        A ratio that is not a number is a rejection: the trajectory has left the support.
+    :param generator: source of the uniform numbers; the global stream when None.
+    :return: acceptance probabilities and outcomes, of the same shape.
+    """
+    probability = torch.nan_to_num(log_ratio, nan=-torch.inf).clamp(max=0.0).exp()
+    uniform = torch.rand(
+        probability.shape, generator=generator, dtype=probability.dtype, device=probability.device
+    )
+    return KernelInfo(probability, uniform < probability)
+
+
 def sample_chain(
     kernel: Callable,
     initial: ChainState | Tensor,
@@ -355,22 +370,18 @@ def _normal_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
 def _accept(
     state: ChainState, proposal: ChainState, log_ratio: Tensor, generator: torch.Generator | None
 ) -> tuple[ChainState, KernelInfo]:
-    """Metropolis test, chain by chain. A ratio that is not a number is a rejection."""
-    probability = torch.nan_to_num(log_ratio, nan=-torch.inf).clamp(max=0.0).exp()
-    uniform = torch.rand(
-        probability.shape, generator=generator, dtype=probability.dtype, device=probability.device
-    )
-    accepted = uniform < probability
+    """The proposal where the Metropolis test accepts it, the old state elsewhere."""
+    info = metropolis_test(log_ratio, generator)
 
     def choose(new: Tensor | None, old: Tensor | None) -> Tensor | None:
         if new is None or old is None:
             return None
         return torch.where(
-            accepted.reshape(accepted.shape + (1,) * (new.ndim - accepted.ndim)), new, old
+            info.is_accepted.reshape(log_ratio.shape + (1,) * (new.ndim - log_ratio.ndim)), new, old
         )
 
     chosen = ChainState(*(choose(new, old) for new, old in zip(proposal, state, strict=True)))
-    return chosen, KernelInfo(probability, accepted)
+    return chosen, info
 
 
 def _check_step_size(step_size: float | Tensor) -> None:
