@@ -27,15 +27,18 @@ from nbstripout import strip_output
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+CACHE = Path(__file__).resolve().parents[1] / ".cache"
+
 # One thread per chapter: chapters share the cores among themselves, and sums in floating point do
-# not change with the number of cores. A fixed hash seed fixes the order of sets.
+# not change with the number of cores. A fixed hash seed fixes the order of sets. Jupyter's own
+# settings come from this environment alone, not from the reader's home.
 KERNEL_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "PYTHONHASHSEED": "0",
     "JUPYTER_PREFER_ENV_PATH": "1",
+    "IPYTHONDIR": str(CACHE / "ipython"),
 }
-CACHE = Path(__file__).resolve().parents[1] / ".cache"
 RUN_METADATA = [
     "metadata.papermill",
     "metadata.language_info.version",
@@ -65,7 +68,6 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def execute(source: Path, parameters: dict, partial: Path | None = None) -> nbformat.NotebookNode:
     """Run the chapter in a fresh kernel; raise :class:`PapermillExecutionError` if a cell fails."""
     with tempfile.TemporaryDirectory() as scratch:
-        os.environ.update(KERNEL_ENVIRONMENT, IPYTHONDIR=scratch)
         # Sockets in files of our own: two kernels that start together cannot race for one port.
         sockets = {"transport": "ipc", "ip": f"{scratch}/kernel"}
         notebook = papermill.execute_notebook(
@@ -99,6 +101,7 @@ def main() -> int:
     parser.add_argument("--parameters", type=Path, help="a YAML file of parameters")
     parser.add_argument("--timing", type=Path, help="write the wall time here, as JSON")
     arguments = parser.parse_args()
+    os.environ.update(KERNEL_ENVIRONMENT)
     source = arguments.source
     output = (arguments.output or source.with_suffix(".ipynb")).resolve()
     parameters = yaml.safe_load(arguments.parameters.read_text()) if arguments.parameters else {}

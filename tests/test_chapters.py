@@ -1,0 +1,257 @@
+"""What every chapter promises: its pair, its parameters, its outputs, its shape, its smoke run.
+
+Sizes are counted on what a reader is asked to read: solutions are left out. A word is a run of
+letters in a text cell; code, directives' names and options, citations and displayed mathematics are
+no words, and a piece of inline mathematics is one. A line of code is a line that is not blank.
+"""
+
+import ast
+import io
+import re
+import statistics
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from coursework import without_solutions
+from execute import execute, read_chapter
+from papermill.exceptions import PapermillExecutionError
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
+
+each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+
+
+# --- reading a chapter ---------------------------------------------------------------------------
+
+
+def committed(chapter: Path) -> nbformat.NotebookNode:
+    return nbformat.read(chapter.with_suffix(".ipynb"), as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def parameters_cell(chapter: Path) -> ast.Module:
+    (cell,) = [cell for cell in read_chapter(chapter).cells if "parameters" in tags(cell)]
+    return ast.parse(cell.source)
+
+
+def parameters_of(chapter: Path) -> dict[str, str]:
+    """Names and annotations of the chapter's parameters."""
+    body = parameters_cell(chapter).body
+    return {statement.target.id: ast.unparse(statement.annotation) for statement in body}
+
+
+def is_check_cell(cell) -> bool:
+    return "checks.parameters(" in cell.source
+
+
+FENCE = re.compile(r"^(`{3,}|:{3,}|~{3,})\s*(\{(?P<directive>[\w:-]+)\})?(?P<info>.*)$")
+NO_PROSE = {"code-block", "code-cell", "math", "bibliography", "figure", "image", "include"}
+
+
+def prose_lines(markdown: str):
+    """The lines outside code, directive heads and directive options."""
+    open_fences = []  # (fence, whether its content is prose)
+    for line in markdown.splitlines():
+        fence = FENCE.match(line)
+        if fence and open_fences and fence[1] == open_fences[-1][0] and not line[len(fence[1]) :]:
+            open_fences.pop()
+        elif fence:
+            directive = fence["directive"]
+            open_fences.append((fence[1], directive is not None and directive not in NO_PROSE))
+        elif all(is_prose for _, is_prose in open_fences) and not re.match(r":\w+:", line):
+            yield line
+
+
+def num_words(markdown: str) -> int:
+    text = "\n".join(prose_lines(markdown))
+    text = re.sub(r"\$\$.*?\$\$(\s*\([\w:-]+\))?", " ", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->|\{[\w:-]+\}`[^`]*`|\]\([^)]*\)", " ", text, flags=re.DOTALL)
+    text = re.sub(r"\$[^$]+\$|`[^`]+`", " symbol ", text)
+    return len(re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", text))
+
+
+def num_lines(cell) -> int:
+    return sum(bool(line.strip()) for line in cell.source.splitlines())
+
+
+def test_words_are_counted_as_stated():
+    markdown = """## The bound of {cite:t}`burda2016iwae`
+
+Take $K$ samples; the reader's `log_weights` are averaged.
+
+$$ \\log p(x) \\ge L_K $$ (eq-bound)
+
+```{exercise} Tighten it
+:label: ex-tight
+Prove that more samples help.
+```
+
+```python
+print("not prose")
+```
+
+Done.
+"""
+    # "The bound of", "Take K samples ... averaged", "Prove ... help", "Done"
+    assert num_words(markdown) == 3 + 8 + 5 + 1
+
+
+# --- pair, parameters, outputs -------------------------------------------------------------------
+
+
+@each_chapter
+def test_pair_is_in_sync(chapter):
+    source, pair = read_chapter(chapter), committed(chapter)
+    expected = [(cell.cell_type, cell.source, dict(cell.metadata)) for cell in source.cells]
+    actual = [(cell.cell_type, cell.source, dict(cell.metadata)) for cell in pair.cells]
+    for index, (wanted, found) in enumerate(zip(expected, actual, strict=False)):
+        assert found == wanted, f"cell {index} differs: run make notebooks NB={chapter.stem}"
+    assert len(actual) == len(expected), f"run make notebooks NB={chapter.stem}"
+    assert pair.metadata.kernelspec == source.metadata.kernelspec
+
+
+@each_chapter
+def test_parameters_are_annotated_and_checked(chapter):
+    first, second = code_cells(read_chapter(chapter))[:2]
+    assert tags(first) == ["parameters"], "the first code cell is the parameters cell"
+    comments = {
+        token.start[0]
+        for token in tokenize.generate_tokens(io.StringIO(first.source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    for statement in parameters_cell(chapter).body:
+        line = ast.unparse(statement)
+        assert isinstance(statement, ast.AnnAssign) and statement.value, f"no annotation: {line}"
+        assert statement.end_lineno in comments, f"no comment on the same line: {line}"
+    assert is_check_cell(second), "the second code cell calls checks.parameters(globals(), ...)"
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(second.source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "checks.parameters"
+    ]
+    assert {keyword.arg for keyword in call.keywords} == set(parameters_of(chapter))
+
+
+@each_chapter
+@pytest.mark.parametrize("size", ["smoke", "full"])
+def test_parameter_files_set_known_names(chapter, size):
+    path = chapter.parent / "params" / f"{chapter.stem}.{size}.yaml"
+    assert set(yaml.safe_load(path.read_text())) <= set(parameters_of(chapter))
+
+
+@each_chapter
+def test_committed_outputs_are_complete_and_clean(chapter):
+    pair = committed(chapter)
+    cells = code_cells(pair)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert outputs
+    for output in outputs:
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr", f"a warning is on the page: {output.text}"
+    assert str(ROOT) not in nbformat.writes(pair), "an output shows a path of this machine"
+
+
+@each_chapter
+def test_no_execution_metadata_is_left(chapter):
+    pair = committed(chapter)
+    assert set(pair.metadata) <= {"kernelspec", "language_info"}
+    assert "version" not in pair.metadata.language_info
+    for index, cell in enumerate(pair.cells):
+        assert set(cell.metadata) <= {"tags", "mystnb", "nbgrader"}
+        assert cell.id == str(index)
+
+
+@each_chapter
+def test_committed_notebook_is_under_two_megabytes(chapter):
+    assert chapter.with_suffix(".ipynb").stat().st_size < 2_000_000
+
+
+# --- shape ---------------------------------------------------------------------------------------
+
+
+@each_chapter
+def test_sizes(chapter):
+    notebook = without_solutions(read_chapter(chapter))
+    text = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    cells = [cell for cell in code_cells(notebook) if cell.source != "# Your answer"]
+    lines = [num_lines(cell) for cell in cells]
+    assert 1_500 <= sum(map(num_words, text)) <= 3_500
+    assert 15 <= len(cells) <= 30
+    assert statistics.median(lines) <= 10
+    assert max(lines) <= 30, cells[lines.index(max(lines))].source
+
+
+@each_chapter
+def test_figures_are_folded_numbered_and_described(chapter):
+    for cell in code_cells(committed(chapter)):
+        if any(kind.startswith("image/") for o in cell.outputs for kind in o.get("data", {})):
+            assert "hide-input" in tags(cell), f"tag this plot cell hide-input: {cell.source}"
+            shown = cell.metadata.get("mystnb", {})
+            assert shown.get("figure", {}).get("name", "").startswith("fig-"), cell.source
+            assert shown["figure"].get("caption"), f"no caption: {cell.source}"
+            assert shown.get("image", {}).get("alt"), f"no alt text: {cell.source}"
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+@each_chapter
+def test_two_smoke_runs_are_equal_to_the_byte(chapter, tmp_path):
+    smoke = chapter.parent / "params" / f"{chapter.stem}.smoke.yaml"
+    command = [sys.executable, ROOT / "workflow" / "execute.py", chapter]
+    outputs = [tmp_path / "first.ipynb", tmp_path / "second.ipynb"]
+    runs = [
+        subprocess.Popen(
+            [*command, output, "--parameters", smoke],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for output in outputs
+    ]
+    for run in runs:
+        printed, _ = run.communicate()
+        assert run.returncode == 0, printed
+    first, second = (output.read_bytes() for output in outputs)
+    assert first == second
+
+
+def bad_parameters(chapter: Path) -> dict[str, object]:
+    """Values that a chapter must refuse: a negative count, an unknown device, an unknown name."""
+    kinds = parameters_of(chapter)
+    counts = [name for name, kind in kinds.items() if kind == "int" and name != "seed"]
+    bad = {counts[0]: -1, "no_such_name": 1}
+    return bad | ({"device": "gpu0"} if "device" in kinds else {})
+
+
+@pytest.mark.parametrize(
+    ("chapter", "name", "value"),
+    [(path, *item) for path in CHAPTERS for item in bad_parameters(path).items()],
+    ids=lambda value: value.stem if isinstance(value, Path) else str(value),
+)
+def test_bad_parameter_fails_before_any_work(chapter, name, value, tmp_path):
+    partial = tmp_path / "partial.ipynb"
+    with pytest.raises(PapermillExecutionError) as failure:
+        execute(chapter, {name: value}, partial)
+    message = failure.value.evalue
+    assert failure.value.ename == "ValueError"
+    assert f"parameter {name}" in message
+    assert "must be" in message or "This chapter knows" in message or "Did you mean" in message
+    run = [cell for cell in code_cells(nbformat.read(partial, 4)) if cell.execution_count]
+    # The defaults, the injected values, and the check that stops the run.
+    assert len(run) == 3
+    assert is_check_cell(run[-1])
