@@ -26,7 +26,7 @@ def build(lock) -> None:
     SCRATCH.mkdir(parents=True)
     options = ["-n", "-W", "--keep-going", "--path-output", str(SCRATCH)]
     done = subprocess.run(
-        [sys.executable, "-m", "jupyter_book.cli.main", "build", "book", *options],
+        [Path(sys.executable).with_name("jupyter-book"), "build", "book", *options],
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
