@@ -79,6 +79,7 @@ def execute(source: Path, parameters: dict, partial: Path | None = None) -> nbfo
             request_save_on_cell_execute=False,
             coalesce_streams=True,
             config=Config(KernelManager=sockets),
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
     if parameters:
         # The injected cell shows the values in force; the defaults need not be rendered beside it.
