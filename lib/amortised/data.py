@@ -651,7 +651,10 @@ def binarise(images: Tensor, generator: torch.Generator | None = None) -> Tensor
                 f"images has values from {low.item():g} to {high.item():g}; grey values lie in "
                 "[0, 1] (divide levels by 255 or pass them as torch.uint8)"
             )
-    uniform = torch.rand(images.shape, generator=generator, device=images.device)
+    # float32 whatever the default dtype is, so that one seed stands for one draw.
+    uniform = torch.rand(
+        images.shape, generator=generator, device=images.device, dtype=torch.float32
+    )
     return (uniform < images).to(images.dtype)
 
 

@@ -1,0 +1,634 @@
+"""Results: statistics, provenance, files that are whole or refused, published numbers, tables."""
+
+import csv
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from amortised import data, results
+from amortised.results import Estimate, ResultError
+
+ROOT = data.data_folder().parent
+
+
+def make_record(per_image=None, **changes):
+    config = {"epochs": 2, "step_size": 0.2}
+    facts = {
+        "commit": "0" * 40,
+        "dirty": False,
+        "versions": {"torch": "2.13.0"},
+        "device": {"type": "cpu", "name": "test"},
+        "started": "2001-01-01T00:00:00+00:00",
+        "wall_seconds": 1.5,
+        "data_sha256": {},
+    }
+    record = {
+        "study": "vae_recap",
+        "row": "iwae_50",
+        "scale": "smoke",
+        "seed": 0,
+        "config": config,
+        "config_hash": results.config_hash(config),
+        "recipe_version": 1,
+        "status": "done",
+        "metrics": results.summarise(per_image or PER_IMAGE),
+        "provenance": facts,
+    }
+    return record | changes
+
+
+PER_IMAGE = {
+    "elbo": torch.tensor([-90.125, -92.5, -85.0]),
+    "iwae": torch.tensor([-88.25, -91.5, -84.75]),
+}
+
+
+def temporary_files(folder):
+    return [path for path in Path(folder).rglob("*") if path.name.endswith(".tmp")]
+
+
+# -------------------------------------------------------------------------- what the project holds
+
+
+def test_every_committed_result_is_whole_and_agrees_with_its_per_image_values():
+    folder = ROOT / "data/results"
+    records = sorted(folder.glob("*/*.json"))
+    for path in records:
+        results.load_result(path)
+    expected = {path.with_suffix("") for path in records}
+    others = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"]
+    for path in others:
+        assert path.suffix == ".safetensors" and path.with_suffix("") in expected, path
+
+
+# -------------------------------------------------------------------------------------- statistics
+
+
+def test_mean_and_se_match_their_formulas_in_double_precision():
+    values = [-80.5, -90.25, -100.0, -70.125]
+    mean = sum(values) / 4
+    se = math.sqrt(sum((value - mean) ** 2 for value in values) / 3 / 4)
+    for given in (values, torch.tensor(values), torch.tensor(values, dtype=torch.float64)):
+        assert results.mean_and_se(given) == pytest.approx((mean, se, 4), rel=1e-14)
+    assert results.mean_and_se(torch.tensor([1, 2], dtype=torch.bfloat16)) == (1.5, 0.5, 2)
+    # A float32 running sum would lose the last digits of a million values near -80.
+    values = torch.full((1_000_000,), -80.1, dtype=torch.float32)
+    assert results.mean_and_se(values).mean == pytest.approx(values[0].item(), rel=1e-12)
+
+
+def test_se_covers_the_truth_as_often_as_it_should():
+    draws = torch.randn(2000, 50, generator=torch.Generator().manual_seed(0)) * 3 + 7
+    estimates = [results.mean_and_se(row) for row in draws]
+    covered = sum(abs(estimate.mean - 7) < 2.0096 * estimate.se for estimate in estimates) / 2000
+    assert covered == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 2000))  # t, 49 d.o.f.
+
+
+def test_paired_difference_sees_what_separate_errors_hide():
+    generator = torch.Generator().manual_seed(0)
+    images = 22 * torch.randn(1000, generator=generator)
+    gain = 0.5 + 0.1 * torch.randn(1000, generator=generator)
+    paired = results.paired_difference(images + gain, images)
+    assert paired == pytest.approx(results.mean_and_se(gain), rel=1e-3)
+    assert paired.se < 0.01 < 0.5 < results.mean_and_se(images).se
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: results.mean_and_se([1.0]), "1 entries; a standard error needs at least 2"),
+        (lambda: results.mean_and_se([]), "0 entries"),
+        (
+            lambda: results.mean_and_se(torch.zeros(2, 3)),
+            r"shape \(2, 3\); give one value per image",
+        ),
+        (
+            lambda: results.mean_and_se([0.0, -math.inf, math.nan]),
+            "2 values of 3 that are not finite, the first at position 1",
+        ),
+        (
+            lambda: results.paired_difference(torch.zeros(100), torch.zeros(1000)),
+            "a has 100 images and b has 1000.*same images",
+        ),
+        (lambda: results.paired_difference([0.0, math.nan], [0.0, 0.0]), "a holds 1 values"),
+    ],
+)
+def test_statistics_refuse_what_they_cannot_average(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# -------------------------------------------------------------------------------------- provenance
+
+
+def test_config_hash_depends_on_the_settings_and_on_nothing_else():
+    config = {"rule": "gan", "T": 5, "layers": [500, 500], "nested": {"eta": 0.2, "mala": False}}
+    shuffled = {
+        "nested": {"mala": False, "eta": 0.2},
+        "layers": (500.0, 500),
+        "T": 5.0,
+        "rule": "gan",
+    }
+    assert results.config_hash(config) == results.config_hash(shuffled)
+    text = '{"T":5,"layers":[500,500],"nested":{"eta":0.2,"mala":false},"rule":"gan"}'
+    assert results.config_hash(config) == hashlib.sha256(text.encode()).hexdigest()
+    variants = [
+        config | {"T": 6},
+        config | {"T": "5"},
+        config | {"T": True},
+        config | {"T": None},
+        config | {"layers": [500, 501]},
+        config | {"nested": {"eta": 0.02, "mala": False}},
+        {key: value for key, value in config.items() if key != "T"},
+    ]
+    hashes = {results.config_hash(variant) for variant in [config, *variants]}
+    assert len(hashes) == len(variants) + 1
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ([1], TypeError, "config is a list"),
+        ({"a": {1: 2}}, TypeError, r"config\['a'\] has the key 1"),
+        ({"a": [0.1, math.nan]}, ValueError, r"config\['a'\]\[1\] is nan"),
+        ({"device": torch.device("cpu")}, TypeError, r"config\['device'\] = .* is a device"),
+    ],
+)
+def test_config_hash_refuses_what_json_would_bend(config, error, message):
+    with pytest.raises(error, match=message):
+        results.config_hash(config)
+
+
+def git(folder, *words):
+    subprocess.run(
+        ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@localhost", *words],
+        check=True,
+        capture_output=True,
+    )
+
+
+def test_provenance_follows_the_checkout(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    registry = (ROOT / "data/registry.toml").read_text()
+    (tmp_path / "data/registry.toml").write_text(registry)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/code.py").write_text("1\n")
+    for module in (data, results):
+        monkeypatch.setattr(module, "data_folder", lambda: tmp_path / "data")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+
+    facts = results.provenance(started=time.time())
+    assert (facts["commit"], facts["dirty"]) == (None, None)
+    monkeypatch.setenv("AMORTISED_COMMIT", "f" * 40)
+    facts = results.provenance(started=time.time())
+    assert (facts["commit"], facts["dirty"]) == ("f" * 40, None)
+
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "one")
+    facts = results.provenance(started=time.time())
+    assert re.fullmatch("[0-9a-f]{40}", facts["commit"]) and facts["commit"] != "f" * 40
+    assert facts["dirty"] is False
+    (tmp_path / "data/results").mkdir()
+    (tmp_path / "data/results/new.json").write_text("{}")
+    assert results.provenance(started=time.time())["dirty"] is False  # a result is no code
+    (tmp_path / "lib/code.py").write_text("2\n")
+    assert results.provenance(started=time.time())["dirty"] is True
+
+
+def test_provenance_ignores_a_repository_that_merely_surrounds_the_project(tmp_path, monkeypatch):
+    git(tmp_path, "init", "-q")
+    (tmp_path / "file").write_text("x")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "other")
+    inside = tmp_path / "unpacked/data"
+    inside.mkdir(parents=True)
+    (inside / "registry.toml").write_text((ROOT / "data/registry.toml").read_text())
+    monkeypatch.delenv("AMORTISED_COMMIT", raising=False)
+    for module in (data, results):
+        monkeypatch.setattr(module, "data_folder", lambda: inside)
+    assert results.provenance(started=time.time())["commit"] is None
+
+
+def test_provenance_names_device_data_and_times():
+    started = time.time() - 5
+    facts = results.provenance("cpu", started=started, datasets=["mnist", "mnist_static"])
+    json.dumps(facts)
+    assert facts["device"]["type"] == "cpu" and facts["device"]["name"]
+    assert facts["device"]["threads"] == torch.get_num_threads()
+    assert facts["versions"]["torch"] == torch.__version__
+    assert 5 <= facts["wall_seconds"] < 60
+    assert facts["started"] == time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(started))
+    assert len(facts["data_sha256"]) == 4 + 1 + 3
+    assert facts["data_sha256"] == data.digests("mnist", "mnist_static")
+    assert results.provenance(started=started, wall_seconds=100)["wall_seconds"] == 100
+    results.check_result(make_record(provenance=facts))
+
+
+def test_provenance_refuses_impossible_times():
+    with pytest.raises(ValueError, match=r"started = .*give time\.time"):
+        results.provenance(started=time.time() + 1000)
+    with pytest.raises(ValueError, match="wall_seconds = -1"):
+        results.provenance(started=time.time(), wall_seconds=-1)
+
+
+# ------------------------------------------------------------------------------------ result files
+
+
+def test_result_survives_the_round_trip(tmp_path):
+    record = make_record(details={"curve": [1.5, 2.5]})
+    path = results.save_result(tmp_path, record, PER_IMAGE)
+    assert path == tmp_path / "vae_recap/iwae_50-smoke-seed0.json"
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "iwae_50-smoke-seed0.json",
+        "iwae_50-smoke-seed0.safetensors",
+    ]
+    found = results.load_result(path)
+    assert {key: found.record[key] for key in record} == record
+    assert found.per_image.keys() == PER_IMAGE.keys()
+    for name, values in found.per_image.items():
+        assert values.dtype == torch.float32 and torch.equal(values, PER_IMAGE[name])
+    assert results.summarise(found.per_image) == found.record["metrics"]
+
+
+def test_the_same_result_is_the_same_bytes(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        results.save_result(folder, make_record(), PER_IMAGE)
+    for suffix in ("json", "safetensors"):
+        first, second = (
+            (folder / f"vae_recap/iwae_50-smoke-seed0.{suffix}").read_bytes() for folder in folders
+        )
+        assert first == second
+    assert b"pickle" not in second and not second.startswith((b"\x80", b"PK"))
+
+
+def test_failed_and_scalar_results(tmp_path):
+    failed = make_record(status="failed", reason="loss is not finite at step 7", metrics={})
+    path = results.save_result(tmp_path, failed)
+    assert results.load_result(path).record["reason"].startswith("loss")
+    assert not path.with_suffix(".safetensors").exists()
+    scalar = make_record(metrics={"label_entropy": {"mean": 0.4, "se": None, "n": 1}})
+    assert results.load_result(results.save_result(tmp_path, scalar)).per_image == {}
+    # A later run with per-image values and back again leaves no stray file.
+    results.save_result(tmp_path, make_record(), PER_IMAGE)
+    results.save_result(tmp_path, failed)
+    assert results.load_result(path).per_image == {}
+
+
+def without(key):
+    record = make_record()
+    del record[key]
+    return record
+
+
+def with_metric(**changes):
+    return make_record(metrics={"elbo": {"mean": -90.0, "se": 1.0, "n": 10} | changes})
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (without("seed"), "seed is missing"),
+        (make_record(sead=1), r"sead is unknown \(known: study, row"),
+        (make_record(seed="0"), "seed = '0' is of type str"),
+        (make_record(seed=True), "seed = True is of type bool"),
+        (make_record(seed=-1), "seed = -1 must be an integer from 0"),
+        (make_record(row="../up"), r"row = '\.\./up' must consist of lower-case letters"),
+        (make_record(study="Table 1"), "study = 'Table 1' must consist"),
+        (make_record(recipe_version=0), "recipe_version = 0 must be at least 1"),
+        (
+            make_record(status="finished"),
+            "status = 'finished' must be one of done, partial, failed",
+        ),
+        (make_record(status="failed"), "reason must be stated for a failed run"),
+        (make_record(reason="none"), "reason must be stated for a failed run, and for no other"),
+        (make_record(metrics={}), "metrics is empty"),
+        (make_record(config={"epochs": 3}), "config_hash = .* is not that of config"),
+        (make_record(config={"device": object()}), "config.*device.* is a object"),
+        (with_metric(mean=math.nan), r"metrics\['elbo'\]\.mean = nan must be a finite number"),
+        (with_metric(se=-1.0), r"se = -1\.0 must be a finite number from 0"),
+        (with_metric(se=None), "se = None must be a finite number"),
+        (with_metric(n=1), r"se = 1\.0 must be null for a single value"),
+        (with_metric(n=2.5), r"n = 2\.5 must be an integer from 1"),
+        (with_metric(median=1), "must hold exactly mean, se and n"),
+        (make_record(provenance={}), r"provenance\.commit is missing"),
+    ],
+)
+def test_malformed_record_is_refused_before_anything_is_written(tmp_path, record, message):
+    with pytest.raises(ResultError, match=message):
+        results.save_result(tmp_path, record)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_fault_is_reported_at_once():
+    with pytest.raises(ResultError) as caught:
+        results.check_result(make_record(seed=-1, row="A", recipe_version=0))
+    assert len(str(caught.value).splitlines()) == 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("per_image", "message"),
+    [
+        (PER_IMAGE | {"elbo": PER_IMAGE["elbo"].double()}, "float64 of shape"),
+        (PER_IMAGE | {"elbo": torch.zeros(3, 1)}, r"float32 of shape \(3, 1\), expected .* \[N\]"),
+        (PER_IMAGE | {"elbo": [1.0, 2.0]}, "is list, expected a float32 tensor"),
+        (PER_IMAGE | {"hais": torch.zeros(3)}, r"per_image\['hais'\] has no metric of its name"),
+        (PER_IMAGE | {"elbo": PER_IMAGE["elbo"] + 0.1}, r"metrics\['elbo'\] states .* give"),
+        (PER_IMAGE | {"elbo": PER_IMAGE["elbo"][:2]}, r"metrics\['elbo'\] states"),
+        (PER_IMAGE | {"elbo": torch.tensor([0.0, math.nan, 1.0])}, "1 values of 3 that are not"),
+    ],
+)
+def test_per_image_values_must_be_those_of_the_metrics(tmp_path, per_image, message):
+    with pytest.raises(ResultError, match=message):
+        results.save_result(tmp_path, make_record(), per_image)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_pairs_are_refused(tmp_path):
+    path = results.save_result(tmp_path, make_record(), PER_IMAGE)
+    values = path.with_suffix(".safetensors")
+    record, content = path.read_bytes(), values.read_bytes()
+
+    def refused(message):
+        with pytest.raises(ResultError, match=message):
+            results.load_result(path)
+        path.write_bytes(record)
+        values.write_bytes(content)
+
+    values.write_bytes(content[:-4])
+    refused(r"seed0\.safetensors has SHA-256 .* expected .*Run this row again")
+    values.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refused("damaged or of another run")
+    values.unlink()
+    refused("are missing. Run this row again")
+    path.write_bytes(record[:-20])
+    refused("is not JSON")
+    path.write_bytes(b"[]")
+    refused("holds a list")
+    path.write_bytes(record.replace(b'"mean": -8', b'"mean": -7'))
+    refused("states .* its per-image values give")
+    path.write_bytes(record.replace(b'"epochs": 2', b'"epochs": 20'))
+    refused("config_hash = .* is not that of config")
+    results.load_result(path)
+
+    other = path.with_name("vae-smoke-seed0.json")
+    other.write_bytes(record)
+    with pytest.raises(
+        ResultError, match=r"is the result vae_recap/iwae_50-smoke-seed0\.json by its"
+    ):
+        results.load_result(other)
+
+
+def test_killed_between_the_two_files_mixes_no_runs(tmp_path, monkeypatch):
+    path = results.save_result(tmp_path, make_record(), PER_IMAGE)
+    later = {name: values + 1 for name, values in PER_IMAGE.items()}
+    write = results.atomic_write
+
+    def killed_at_the_json(target, content):
+        if Path(target).suffix == ".json":
+            raise KeyboardInterrupt
+        write(target, content)
+
+    monkeypatch.setattr(results, "atomic_write", killed_at_the_json)
+    with pytest.raises(KeyboardInterrupt):
+        results.save_result(tmp_path, make_record(later), later)
+    with pytest.raises(ResultError, match="of another run"):
+        results.load_result(path)
+    monkeypatch.undo()
+    results.save_result(tmp_path, make_record(later), later)
+    assert torch.equal(results.load_result(path).per_image["elbo"], later["elbo"])
+
+
+def test_full_disk_leaves_the_old_result(tmp_path, monkeypatch):
+    path = results.save_result(tmp_path, make_record(), PER_IMAGE)
+    later = {name: values + 1 for name, values in PER_IMAGE.items()}
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        results.save_result(tmp_path, make_record(later), later)
+    assert torch.equal(results.load_result(path).per_image["elbo"], PER_IMAGE["elbo"])
+    assert temporary_files(tmp_path) == []
+
+
+def test_read_only_results_folder_says_so():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        root.chmod(0o555)
+        superuser = os.geteuid() == 0  # to whom no folder is read-only
+        try:
+            if superuser:
+                os.seteuid(65534)
+            with pytest.raises(PermissionError, match="vae_recap"):
+                results.save_result(root, make_record(), PER_IMAGE)
+        finally:
+            if superuser:
+                os.seteuid(0)
+        assert list(root.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------- weights
+
+
+class Decoder(nn.Module):
+    def __init__(self, latent_dim=4, hidden=8):
+        super().__init__()
+        self.architecture = {"class": "Decoder", "latent_dim": latent_dim, "hidden": hidden}
+        self.net = nn.Sequential(nn.Linear(latent_dim, hidden), nn.ReLU(), nn.Linear(hidden, 6))
+        self.register_buffer("steps", torch.tensor(3))
+
+
+def test_weights_survive_the_round_trip_and_are_the_same_bytes(tmp_path):
+    decoder, again = Decoder(), Decoder()
+    again.steps.fill_(0)
+    details = {"provenance": results.provenance(started=time.time()), "epochs": 5}
+    paths = [tmp_path / "new/a.safetensors", tmp_path / "new/b.safetensors"]
+    for path in paths:
+        results.save_weights(path, decoder, decoder.architecture, details)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    found = results.load_weights(paths[0], again, again.architecture)
+    assert found == json.loads(json.dumps(details))
+    for name, value in decoder.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+
+
+def test_tied_weights_are_saved(tmp_path):
+    decoder = Decoder(hidden=4)
+    decoder.net[0].weight = nn.Parameter(torch.eye(4))
+    decoder.extra = nn.Linear(4, 4)
+    decoder.extra.weight = decoder.net[0].weight
+    results.save_weights(tmp_path / "a.safetensors", decoder, {})
+    results.load_weights(tmp_path / "a.safetensors", decoder, {})
+
+
+def test_weights_of_another_architecture_are_refused_by_name(tmp_path):
+    path = tmp_path / "a.safetensors"
+    results.save_weights(path, Decoder(), Decoder().architecture)
+    other = Decoder(latent_dim=5)
+    other.extra = nn.Linear(1, 1)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ResultError) as caught:
+        results.load_weights(path, other, other.architecture | {"noise": "gaussian"})
+    message = str(caught.value)
+    for fault in (
+        "architecture: latent_dim is 4 in the file, 5 in the module",
+        "architecture: noise is absent in the file, gaussian in the module",
+        "net.0.weight: float32 [8, 4] in the file, float32 [8, 5] in the module",
+        "extra.bias: absent in the file, float32 [1] in the module",
+    ):
+        assert fault in message
+    assert "hidden" not in message and "net.2" not in message
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, before[name])
+    with pytest.raises(
+        ResultError, match=r"float32 \[8\] in the file, float64 \[8\] in the module"
+    ):
+        results.load_weights(path, Decoder().double(), Decoder().architecture)
+
+
+def test_damaged_or_foreign_weights_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    results.save_weights(path, Decoder(), Decoder().architecture)
+    content = path.read_bytes()
+    for broken in (content[:-8], content[:20], b"", b"\x80\x04pickle"):
+        path.write_bytes(broken)
+        with pytest.raises(ResultError, match="is damaged or not of this project"):
+            results.load_weights(path, Decoder(), Decoder().architecture)
+    saved = results.save_result(tmp_path, make_record(), PER_IMAGE).with_suffix(".safetensors")
+    with pytest.raises(ResultError, match="is damaged or not of this project"):
+        results.load_weights(saved, Decoder(), {})
+    with pytest.raises(FileNotFoundError):
+        results.load_weights(tmp_path / "none.safetensors", Decoder(), {})
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    decoder = Decoder()
+    path = tmp_path / "a.safetensors"
+    results.save_weights(path, decoder, decoder.architecture)
+    content = path.read_bytes()
+    with torch.no_grad():
+        decoder.net[2].bias[1] = math.inf
+    with pytest.raises(ValueError, match=r"not finite: net\.2\.bias; nothing is saved"):
+        results.save_weights(path, decoder, decoder.architecture)
+    assert path.read_bytes() == content
+    with pytest.raises(TypeError, match=r"architecture.*is a type"):
+        results.save_weights(path, Decoder(), {"class": Decoder})
+
+
+# ------------------------------------------------------------------------------- published numbers
+
+COLUMNS = [
+    "paper",
+    "table",
+    "row",
+    "metric",
+    "value",
+    "plus_minus",
+    "unit",
+    "protocol",
+    "known_from",
+]
+KNOWN_FROM = {"paper", "slides", "poster", "author code", "secondary source", "figure reading"}
+UNITS = {
+    "nats",
+    "nats (natural log assumed)",
+    "bits per dimension",
+    "perplexity",
+    "samples of 100",
+    "samples of 5000",
+    "l1 distance per pixel",
+    "squared units",
+    "epochs",
+    "hours",
+}
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
+PUBLISHED = sorted((ROOT / "data/published").glob("*.csv"))
+
+
+def test_published_numbers_cover_the_books_sources():
+    names = {path.stem for path in PUBLISHED}
+    assert names == {"ais", "amc", "avb", "hvae", "iterative", "iwae", "mcvae", "others"}
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_numbers_have_a_source_a_unit_and_digits(path):
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert rows and list(rows[0]) == COLUMNS
+    for number, row in enumerate(rows, start=2):
+        place = f"{path.name}:{number}"
+        assert None not in row and None not in row.values(), place
+        for column in COLUMNS:
+            assert row[column] == row[column].strip(), place
+            assert row[column] or column == "plus_minus", f"{place}: {column} is empty"
+        assert row["known_from"] in KNOWN_FROM, place
+        assert row["unit"] in UNITS, place
+        assert NUMBER.fullmatch(row["value"]), place
+        assert not row["plus_minus"] or NUMBER.fullmatch(row["plus_minus"]), place
+        assert not row["plus_minus"].startswith("-"), place
+    parsed = results.load_published(path.stem)
+    assert len(parsed) == len(rows)
+    for row, text in zip(parsed, rows, strict=True):
+        assert math.isfinite(row["value"])
+        assert (row["plus_minus"] is None) == (text["plus_minus"] == "")
+
+
+def test_published_table_1_of_amortised_mcmc():
+    rows = results.load_published("amc", table="Table 1", metric="HAIS-LL")
+    assert len(rows) == 10
+    best = max(rows, key=lambda row: row["value"])
+    assert (best["row"], best["value"]) == ("CNN-G | AMC T=50 eta=0.02", -78.23)
+    (row,) = results.load_published("amc", row="CNN-B", metric="label entropy")
+    assert (row["printed"], row["plus_minus"]) == ("0.933 ± 0.0491", 0.0491)
+
+
+def test_published_numbers_refuse_unknown_names_with_the_choices():
+    with pytest.raises(ValueError, match="no published numbers 'amd'; choose from ais, amc"):
+        results.load_published("amd")
+    with pytest.raises(ValueError, match=r"no column 'method' in amc\.csv; choose from \['paper'"):
+        results.load_published("amc", method="VAE")
+    with pytest.raises(
+        ValueError, match=r"no row of amc\.csv has metric 'LL'; there are \['IS-LL'"
+    ):
+        results.load_published("amc", metric="LL")
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def test_markdown_table_formats_each_kind_of_cell():
+    table = results.markdown_table(
+        ["method", "K", "LL", "time"],
+        [
+            ["Gaussian | VAE", 100, Estimate(-80.6412, 0.2249, 10_000), 3.14159],
+            ["two\nlines", None, {"mean": 0.5, "se": None, "n": 1}, None],
+        ],
+    )
+    assert table.splitlines() == [
+        "| method | K | LL | time |",
+        "| :-- | --: | --: | --: |",
+        r"| Gaussian \| VAE | 100 | -80.64 ± 0.22 | 3.14 |",
+        "| two lines | – | 0.50 | – |",
+    ]
+    assert table._repr_markdown_() == str(table)
+    assert results.markdown_table(["a"], [[1.25]], decimals=1).endswith("| 1.2 |")
+
+
+def test_markdown_table_refuses_a_ragged_row():
+    with pytest.raises(ValueError, match=r"row 1 has 1 cells, the header 2: \['x'\]"):
+        results.markdown_table(["a", "b"], [[1, 2], ["x"]])
+    with pytest.raises(ValueError, match="header is empty"):
+        results.markdown_table([], [])
