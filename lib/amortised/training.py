@@ -35,6 +35,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
+__all__ = [
+    "CheckpointError",
+    "CheckpointLockedError",
+    "FitResult",
+    "NonFiniteError",
+    "cosine_decay",
+    "fit",
+    "gradient_step",
+    "read_checkpoint",
+    "write_checkpoint",
+]
+
 Step = Callable[..., Mapping[str, Tensor]]
 
 _LOSSES_KEPT_ON_DEVICE = 64  # steps between two transfers of the losses from an accelerator
@@ -117,7 +129,8 @@ def fit(
         NumPy and of Python are not.
     :param generator: CPU generator that shuffles the data, anew in each epoch.
     :param checkpoint: file to keep the state in. If it exists, the run goes on from it. Beside it
-        live ``.previous``, the checkpoint before it, and ``.lock``, while a run is at work.
+        live ``.previous``, the checkpoint before it, and, while a run is at work, ``.lock``. Needs
+        a POSIX system.
     :param checkpoint_every: steps between two checkpoints; one epoch by default. A checkpoint is
         also made at the end.
     :param max_seconds: stop after the step that passes this time, with a checkpoint if there is
@@ -127,7 +140,7 @@ def fit(
     :param config: plain values that define the run. A checkpoint with other values is refused.
     :param progress: show a progress bar, if the standard error is a terminal. Notebooks and log
         files stay clean.
-    :returns: a :class:`FitResult`.
+    :return: a :class:`FitResult`.
     :raises ValueError: if the arguments do not fit together; nothing has been done then.
     :raises CheckpointError: if the checkpoint is of a different run, naming what differs, or if
         neither it nor the one before it can be read.
@@ -151,8 +164,9 @@ def fit(
     tensors = data if isinstance(data, tuple) else (data,)
     _check_arguments(tensors, epochs, batch_size, state, generator, checkpoint_every, drop_last)
     num_examples, device = len(tensors[0]), tensors[0].device
-    batches_per_epoch = num_examples / batch_size
-    steps_per_epoch = math.floor(batches_per_epoch) if drop_last else math.ceil(batches_per_epoch)
+    steps_per_epoch = num_examples // batch_size
+    if not drop_last and num_examples % batch_size:
+        steps_per_epoch += 1
     total_steps = epochs * steps_per_epoch
     save_every = steps_per_epoch if checkpoint_every is None else checkpoint_every
     settings = {
@@ -162,28 +176,31 @@ def fit(
         "device": device.type,
         "config": {} if config is None else dict(config),
     }
+    path = None if checkpoint is None else Path(checkpoint)
+    last_saved, done, seconds_before = None, 0, 0.0
+    order = epoch_generator = mid_epoch_generator = None
+    record = _LossRecord(total_steps)
+    initial_layout = _layout(_read_state(state))
+    _layout(settings)  # refuses now what no checkpoint could hold
 
     with contextlib.ExitStack() as stack:
-        path = None if checkpoint is None else Path(checkpoint)
         if path is not None:
             stack.enter_context(_lock(path))
-        initial_layout = _layout(_read_state(state))
-        record = _LossRecord(total_steps)
-        done, seconds_before, mid_epoch_generator, last_saved = 0, 0.0, None, None
-        saved = None if path is None else read_checkpoint(path)
-        if saved is not None:
-            _check_same_run(path, saved, settings, initial_layout, total_steps)
-            _write_state(state, saved["state"])
-            _write_random_state(saved["random"])
-            generator.set_state(saved["epoch_generator"])
-            mid_epoch_generator = saved["generator"]
-            initial_layout = saved["initial_layout"]
-            done, seconds_before, last_saved = saved["done"], saved["seconds"], path
-            record.restore(saved["loss_names"], saved["losses"])
+            saved = read_checkpoint(path)
+            if saved is not None:
+                _check_same_run(path, saved, settings, initial_layout, total_steps)
+                _write_state(state, saved["state"])
+                _write_random_state(saved["random"])
+                mid_epoch_generator = saved["generator"]
+                at_start_of_epoch = saved["done"] % steps_per_epoch == 0
+                generator.set_state(saved["generator" if at_start_of_epoch else "epoch_generator"])
+                record.restore(saved["loss_names"], saved["losses"])
+                done, seconds_before, last_saved = saved["done"], saved["seconds"], path
+                initial_layout = saved["initial_layout"]
 
         bar = stack.enter_context(
             tqdm(
-                total=total_steps * batch_size,
+                total=epochs * min(steps_per_epoch * batch_size, num_examples),
                 initial=done * batch_size,
                 unit=" samples",
                 unit_scale=True,
@@ -191,59 +208,56 @@ def fit(
                 disable=None if progress else True,  # None: disabled unless stderr is a terminal
             )
         )
-        started = shown = time.monotonic()
+        started = shown = now = time.monotonic()
         out_of_time = False
         while done < total_steps and not out_of_time:
-            epoch_generator = generator.get_state()
-            order = torch.randperm(num_examples, generator=generator).to(device)
-            first = done % steps_per_epoch
-            if first > 0:  # resumed within an epoch, whose shuffle was drawn again just now
-                generator.set_state(mid_epoch_generator)
-            for position in range(first, steps_per_epoch):
-                index = order[position * batch_size : (position + 1) * batch_size]
-                record.add(step(*(t[index] for t in tensors)), last_saved)
-                done += 1
-                now = time.monotonic()
-                out_of_time = max_seconds is not None and now - started >= max_seconds
-                if not bar.disable:
-                    bar.update(len(index))
-                    if now - shown > 0.5:
-                        bar.set_postfix(record.latest(last_saved), refresh=False)
-                        shown = now
-                if path is not None and (
-                    done % save_every == 0 or done == total_steps or out_of_time
-                ):
-                    record.flush(last_saved)
-                    at_end_of_epoch = position == steps_per_epoch - 1
-                    write_checkpoint(
-                        path,
-                        {
-                            "state": _finite(_read_state(state), done, last_saved),
-                            "random": _read_random_state(),
-                            "generator": generator.get_state(),
-                            "epoch_generator": (
-                                generator.get_state() if at_end_of_epoch else epoch_generator
-                            ),
-                            "done": done,
-                            "seconds": seconds_before + time.monotonic() - started,
-                            "loss_names": record.names,
-                            "losses": record.values[:done],
-                            "settings": settings,
-                            "initial_layout": initial_layout,
-                        },
-                    )
-                    last_saved = path
-                if out_of_time:
-                    break
+            position = done % steps_per_epoch
+            if position == 0 or order is None:
+                epoch_generator = generator.get_state()
+                order = torch.randperm(num_examples, generator=generator).to(device)
+                if position > 0:  # resumed within an epoch, and has just drawn its order again
+                    generator.set_state(mid_epoch_generator)
+            index = order[position * batch_size : (position + 1) * batch_size]
+            losses = step(*(t[index] for t in tensors))
+            done += 1
+            record.add(losses, last_saved)
+
+            now = time.monotonic()
+            out_of_time = max_seconds is not None and now - started >= max_seconds
+            stops = out_of_time or done == total_steps
+            if path is not None and (stops or done % save_every == 0):
+                record.flush(last_saved)
+                checked_state = _finite(_read_state(state), done, last_saved)
+                write_checkpoint(
+                    path,
+                    {
+                        "state": checked_state,
+                        "random": _read_random_state(),
+                        "generator": generator.get_state(),
+                        "epoch_generator": epoch_generator,
+                        "done": done,
+                        "seconds": seconds_before + now - started,
+                        "loss_names": record.names,
+                        "losses": record.values[:done],
+                        "settings": settings,
+                        "initial_layout": initial_layout,
+                    },
+                )
+                last_saved = path
+            if not bar.disable:
+                if now - shown > 0.5 or stops:
+                    bar.set_postfix(record.latest(last_saved), refresh=False)
+                    shown = now
+                bar.update(len(index))
         record.flush(last_saved)
         _finite(_read_state(state), done, last_saved)
-        return FitResult(
-            history={name: record.values[:done, i] for i, name in enumerate(record.names)},
-            num_steps=done,
-            steps_per_epoch=steps_per_epoch,
-            finished=done == total_steps,
-            seconds=seconds_before + time.monotonic() - started,
-        )
+    return FitResult(
+        history={name: record.values[:done, i] for i, name in enumerate(record.names)},
+        num_steps=done,
+        steps_per_epoch=steps_per_epoch,
+        finished=done == total_steps,
+        seconds=seconds_before + now - started,
+    )
 
 
 def gradient_step(
@@ -257,7 +271,7 @@ def gradient_step(
         dictionary with an entry ``"loss"`` and others to be recorded. Means are taken here.
     :param optimizer: the optimiser, which holds the parameters.
     :param scheduler: learning-rate schedule that advances at each step.
-    :returns: a step that returns the mean losses.
+    :return: a step that returns the mean losses.
 
     >>> z = torch.ones(2, requires_grad=True)
     >>> step = gradient_step(lambda x: (z * x).sum(-1), torch.optim.SGD([z], lr=0.1))
@@ -318,8 +332,8 @@ def _check_arguments(tensors, epochs, batch_size, state, generator, every, drop_
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer, at least 1, got {value!r}")
-    if every is not None and every < 1:
-        raise ValueError(f"checkpoint_every must be at least 1 step, got {every!r}")
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ValueError(f"checkpoint_every must be an integer, at least 1 step, got {every!r}")
     if not tensors or not all(isinstance(t, Tensor) and t.ndim > 0 for t in tensors):
         raise TypeError("data must be a tensor [N, ...] or a tuple of such tensors")
     if len({len(t) for t in tensors}) > 1 or len({t.device for t in tensors}) > 1:
@@ -426,6 +440,14 @@ def _read_state(state: Mapping[str, object]) -> dict[str, object]:
 
 
 def _write_state(state: Mapping[str, object], saved: Mapping[str, object]) -> None:
+    # Checkpoints are read on the CPU. What a learning rate in a tensor needs is its old device.
+    present: dict[str, Tensor] = {}
+    _flatten(_read_state(state), "", present)
+    tensors: dict[str, Tensor] = {}
+    skeleton = _flatten(saved, "", tensors)
+    for name in tensors.keys() & present:
+        tensors[name] = tensors[name].to(present[name].device)
+    saved = _unflatten(skeleton, tensors)
     for name, thing in state.items():
         if isinstance(thing, Tensor):
             with torch.no_grad():
@@ -472,18 +494,14 @@ def _check_same_run(path, saved, settings, layout, total_steps) -> None:
     The objects must look as they did when the run began. Only what training itself has changed
     since (a scheduler's step count, an optimiser's moments) may look otherwise: it is overwritten.
     """
-    found, began = _layout(saved["state"]), saved["initial_layout"]
-    pairs = [(k, _layout(saved["settings"]).get(k), v) for k, v in _layout(settings).items()]
-    pairs += [
-        (k, v, None) for k, v in _layout(saved["settings"]).items() if k not in _layout(settings)
-    ]
-    for name in sorted(began.keys() | layout.keys()):
-        if began.get(name) == found.get(name):
-            pairs.append((f"state.{name}", began.get(name), layout.get(name)))
+    began, found = saved["initial_layout"], _layout(saved["state"])
+    constant = {k: began.get(k) for k in began.keys() | layout if began.get(k) == found.get(k)}
+    before = _layout(saved["settings"]) | {f"state.{k}": v for k, v in constant.items()}
+    now = _layout(settings) | {f"state.{k}": layout.get(k) for k in constant}
     differences = [
-        f"{name}: {before or 'absent'} in the checkpoint, {now or 'absent'} now"
-        for name, before, now in pairs
-        if before != now
+        f"{name}: {before.get(name) or 'absent'} in the checkpoint, {now.get(name) or 'absent'} now"
+        for name in sorted(before.keys() | now)
+        if before.get(name) != now.get(name)
     ]
     if saved["done"] > total_steps:
         differences.append(f"steps: {saved['done']} done already, {total_steps} asked for now")
@@ -541,14 +559,20 @@ def read_checkpoint(path: Path) -> dict | None:
     if not path.exists() and not previous.exists():
         return None
     try:
-        return _parse(path)
-    except (CheckpointError, FileNotFoundError) as error:
+        if path.exists():
+            return _parse(path)
+        problem = f"checkpoint {path} is missing"  # killed between two renamings
+    except CheckpointError as error:
         if not previous.exists():
             raise CheckpointError(f"{error}; remove it to start afresh") from error
+        problem = str(error)
+    try:
         tree = _parse(previous)
-        warnings.warn(f"{error}; going on from the checkpoint before it", stacklevel=3)
-        os.replace(previous, path)
-        return tree
+    except CheckpointError as error:
+        raise CheckpointError(f"{problem}; {error}; remove both to start afresh") from error
+    warnings.warn(f"{problem}; going on from the checkpoint before it", stacklevel=3)
+    os.replace(previous, path)
+    return tree
 
 
 def _parse(path: Path) -> dict:
