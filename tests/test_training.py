@@ -330,6 +330,33 @@ def test_smaller_last_batch_resumes_too(tmp_path):
     assert_same(parts, whole, result, expected)
 
 
+def test_resume_keeps_the_memory_format(tmp_path):
+    def run(**options):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3), nn.Flatten())
+        net.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+        result = fit(
+            gradient_step(lambda x: net(x).square().sum(-1), optimizer),
+            torch.randn(12, 3, 8, 8),
+            epochs=4,
+            batch_size=3,
+            state={"net": net, "optimizer": optimizer},
+            generator=torch.Generator().manual_seed(0),
+            **options,
+        )
+        return optimizer.state[net[0].weight]["exp_avg"], net, result
+
+    expected_moment, expected_net, expected = run()
+    moment, net, result = run(checkpoint=tmp_path / "c", max_seconds=0)
+    while not result.finished:
+        moment, net, result = run(checkpoint=tmp_path / "c", max_seconds=0)
+    assert moment.is_contiguous(memory_format=torch.channels_last)
+    assert moment.stride() == expected_moment.stride() and torch.equal(moment, expected_moment)
+    assert all(map(torch.equal, net.parameters(), expected_net.parameters()))
+    assert torch.equal(result.history["loss"], expected.history["loss"])
+
+
 def test_finished_run_loads_and_can_be_trained_on(tmp_path):
     checkpoint = tmp_path / "c"
     Run(decay=False, epochs=2).fit(checkpoint=checkpoint)
@@ -689,7 +716,9 @@ def test_tree_comes_back_as_it_was(tmp_path):
     for name in ("types", "shared"):
         for ours, theirs in zip(tree[name], back[name], strict=True):
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    assert torch.equal(back["view"], tree["view"]) and back["empty"].shape == (0, 3)
+    assert torch.equal(back["view"], tree["view"])
+    assert back["view"].stride() == tree["view"].stride()
+    assert back["empty"].shape == (0, 3)
     assert back["state"][0]["step"].shape == ()
 
 

@@ -619,7 +619,9 @@ def _flatten(tree, path: str, tensors: dict[str, Tensor], leaves: dict | None = 
         leaves[path] = tree
     if isinstance(tree, Tensor):
         tensors[path] = tree
-        return {"tensor": path}
+        # A format such as channels last is kept: another one may round sums differently.
+        dense = torch.empty_like(tree, device="meta").stride() == tree.stride()
+        return {"tensor": [path, list(tree.stride()) if dense else None]}
     if tree is None or isinstance(tree, bool | int | float | str):
         return {"value": tree}
     raise TypeError(f"{path} is a {type(tree).__name__}, which a checkpoint cannot hold")
@@ -632,7 +634,15 @@ def _unflatten(skeleton, tensors: Mapping[str, Tensor]):
     if kind in ("list", "tuple"):
         items = [_unflatten(value, tensors) for value in content]
         return tuple(items) if kind == "tuple" else items
-    return tensors[content] if kind == "tensor" else content
+    if kind == "value":
+        return content
+    path, stride = content
+    tensor = tensors[path]
+    if stride is None or tuple(stride) == tensor.stride():
+        return tensor
+    return torch.empty_strided(
+        tensor.shape, stride, dtype=tensor.dtype, device=tensor.device
+    ).copy_(tensor)
 
 
 @contextlib.contextmanager
