@@ -19,6 +19,19 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+__all__ = [
+    "boolean",
+    "choice",
+    "close",
+    "device",
+    "gradient_matches",
+    "integer",
+    "log_density_normalised",
+    "parameters",
+    "real",
+    "within_error",
+]
+
 Specification = Callable[[object], str | None]
 """A check of one value: returns what the value must be when it is not, and ``None`` when it is."""
 
@@ -27,7 +40,7 @@ Specification = Callable[[object], str | None]
 
 
 def parameters(namespace: Mapping[str, object], **specifications: Specification) -> None:
-    """Check a chapter's parameters before any work is done.
+    r"""Check a chapter's parameters before any work is done.
 
     Every name in ``specifications`` must be defined in ``namespace`` and pass its check. Under
     papermill the chapter also contains an injected cell whose first line is ``# Parameters``; a
@@ -48,9 +61,15 @@ def parameters(namespace: Mapping[str, object], **specifications: Specification)
     Traceback (most recent call last):
         ...
     ValueError: parameter epochs = -1: must be an integer, at least 1
+    >>> injected = {"In": ["# Parameters\nepoch = 20"], "epochs": 3}
+    >>> parameters(injected, epochs=integer(minimum=1))
+    Traceback (most recent call last):
+        ...
+    ValueError: parameter epoch: set in the cell '# Parameters', but unknown. Did you mean epochs?
     """
     problems = [
-        f"parameter {name}: unknown. {_suggestion(name, specifications)}"
+        f"parameter {name}: set in the cell '# Parameters', but unknown. "
+        + _suggestion(name, specifications)
         for name in _injected_names(namespace)
         if name not in specifications
     ]
