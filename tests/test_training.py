@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from amortised import training
@@ -505,10 +505,21 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, uninterrupted
     partial_run(checkpoint)
     damage(checkpoint, how)
     run = Run()
-    with pytest.warns(UserWarning, match=r"c is damaged .*going on from the checkpoint before it"):
+    with pytest.warns(UserWarning, match=r"c is damaged.*going on from the checkpoint before it"):
         result = run.fit(checkpoint=checkpoint, checkpoint_every=3)
     assert run.num_calls == 15 - 3
     assert_same(run, uninterrupted[0], result, uninterrupted[1])
+
+
+def test_any_damage_is_noticed(tmp_path):
+    write_checkpoint(tmp_path / "good", {"state": torch.arange(9.0), "done": 3})
+    good, dice = (tmp_path / "good").read_bytes(), random.Random(0)
+    for _ in range(300):
+        content = bytearray(good)
+        content[dice.randrange(len(good))] ^= 1 << dice.randrange(8)
+        (tmp_path / "c").write_bytes(content[: dice.choice([None, dice.randrange(len(good))])])
+        with pytest.raises(CheckpointError):
+            read_checkpoint(tmp_path / "c")
 
 
 def test_damaged_checkpoint_does_not_push_out_the_one_before(tmp_path, uninterrupted):
@@ -732,3 +743,15 @@ def test_only_plain_values_are_written_and_no_pickle_is_read(tmp_path):
     with pytest.raises(CheckpointError, match="damaged"):
         read_checkpoint(tmp_path / "c")
     assert read_checkpoint(tmp_path / "none") is None
+
+
+def test_other_files_and_formats_are_not_taken_for_a_checkpoint(tmp_path, monkeypatch):
+    save_file({"weight": torch.ones(2)}, tmp_path / "weights")
+    with pytest.raises(CheckpointError, match="weights is damaged, or no checkpoint"):
+        Run().fit(checkpoint=tmp_path / "weights")
+    assert load_file(tmp_path / "weights")["weight"].tolist() == [1, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_FORMAT", "0")
+        write_checkpoint(tmp_path / "c", {"done": 3})
+    with pytest.raises(CheckpointError, match="c has format 0, this is format 1"):
+        read_checkpoint(tmp_path / "c")

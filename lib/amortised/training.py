@@ -49,6 +49,8 @@ __all__ = [
 
 Step = Callable[..., Mapping[str, Tensor]]
 
+_FORMAT = "1"  # of checkpoints; raise it when a file of before could be misread
+
 _LOSSES_KEPT_ON_DEVICE = 64  # steps between two transfers of the losses from an accelerator
 
 
@@ -521,14 +523,23 @@ def write_checkpoint(path: Path, tree: Mapping[str, object]) -> None:
     The file appears under its name only when it is complete and on the disk; the file that had the
     name before is kept as ``.previous``.
 
+    :param path: where to write it.
+    :param tree: what to write. Keys are strings or integers.
     :raises TypeError: if the tree holds something else.
     :raises OSError: if the file cannot be written; what was there before is intact.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "checkpoint"
+    ...     write_checkpoint(path, {"step": 3, "betas": [(0.9, 0.999)], 0: torch.ones(2)})
+    ...     read_checkpoint(path)
+    {'step': 3, 'betas': [(0.9, 0.999)], 0: tensor([1., 1.])}
     """
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_flatten(tree, "", tensors))
     tensors = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-    metadata = {"tree": skeleton, "sha256": _digest(skeleton, tensors)}
+    metadata = {"format": _FORMAT, "tree": skeleton, "sha256": _digest(skeleton, tensors)}
     temporary = _beside(path, ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -553,6 +564,8 @@ def read_checkpoint(path: Path) -> dict | None:
 
     A file that is damaged is replaced by the one before it, with a warning.
 
+    :param path: where it was written.
+    :return: the tree, with its tensors on the CPU.
     :raises CheckpointError: if the file is damaged and there is none before it.
     """
     path, previous = Path(path), _beside(Path(path), ".previous")
@@ -561,7 +574,7 @@ def read_checkpoint(path: Path) -> dict | None:
     try:
         if path.exists():
             return _parse(path)
-        problem = f"checkpoint {path} is missing"  # killed between two renamings
+        problem = f"{path} is missing"  # killed between two renamings
     except CheckpointError as error:
         if not previous.exists():
             raise CheckpointError(f"{error}; remove it to start afresh") from error
@@ -580,13 +593,16 @@ def _parse(path: Path) -> dict:
     try:
         tensors = parse_safetensors(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = header.get("__metadata__", {})
+        metadata = header["__metadata__"]
+        version = metadata["format"]
         skeleton = metadata["tree"]
         intact = metadata["sha256"] == _digest(skeleton, tensors)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged ({error})") from error
+    except (SafetensorError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged, or no checkpoint ({error!r})") from error
+    if version != _FORMAT:
+        raise CheckpointError(f"{path} has format {version}, this is format {_FORMAT}")
     if not intact:
-        raise CheckpointError(f"checkpoint {path} is damaged (its digest does not match)")
+        raise CheckpointError(f"{path} is damaged (its digest does not match)")
     return _unflatten(json.loads(skeleton), tensors)
 
 
