@@ -23,6 +23,7 @@ import nbformat
 import papermill
 import yaml
 from locked import hold
+from nbclient.exceptions import DeadKernelError
 from nbstripout import strip_output
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
@@ -119,6 +120,9 @@ def main() -> int:
             print(f"{source.stem}: failed in cell [{error.exec_count}], kept in {failed}")
             traceback = "\n".join(error.traceback)
             print(traceback if sys.stdout.isatty() else re.sub(r"\x1b\[[\d;]*m", "", traceback))
+            return 1
+        except DeadKernelError:
+            print(f"{source.stem}: its kernel was killed, perhaps for want of memory")
             return 1
         failed.unlink(missing_ok=True)
         write_text(output, nbformat.writes(notebook) + "\n")
