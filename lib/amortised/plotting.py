@@ -40,12 +40,12 @@ GREY = "#757d89"
 """Text, axes and ticks: 4.2 to 1 in contrast on white, 4.3 to 1 on the dark page #14181e."""
 
 COLOURS = {
-    "exact": "#2c7a52",
-    "approximation": "#dc711a",
+    "exact": "#529e74",
+    "approximation": "#d67320",
     "bound": "#4a85fe",
     "samples": "#d85bbb",
     "highlight": "#7e53bc",
-    "other": "#a28c0a",
+    "other": "#796914",
 }
 """A colour for each thing that recurs: the exact answer (posterior, evidence), the approximation q,
 a bound, samples, and two for whatever else there is. Each has a contrast of at least 3.2 to 1 on
