@@ -40,6 +40,7 @@ __all__ = [
     "CheckpointLockedError",
     "FitResult",
     "NonFiniteError",
+    "checkpoint_lock",
     "cosine_decay",
     "fit",
     "gradient_step",
@@ -187,7 +188,7 @@ def fit(
 
     with contextlib.ExitStack() as stack:
         if path is not None:
-            stack.enter_context(_lock(path))
+            stack.enter_context(checkpoint_lock(path))
             saved = read_checkpoint(path)
             if saved is not None:
                 _check_same_run(path, saved, settings, initial_layout, total_steps)
@@ -662,11 +663,20 @@ def _unflatten(skeleton, tensors: Mapping[str, Tensor]):
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold the lock of a checkpoint. The system lets go of it when the process ends, however."""
+def checkpoint_lock(path: Path) -> Iterator[None]:
+    """Hold the lock of a checkpoint. The system lets go of it when the process ends, however.
+
+    :param path: the checkpoint; the lock is a file beside it.
+    :raises CheckpointLockedError: if another process holds it.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder, checkpoint_lock(Path(folder) / "checkpoint"):
+    ...     print(*os.listdir(folder))
+    checkpoint.lock
+    """
     import fcntl  # POSIX; training without a checkpoint works anywhere
 
-    lock = _beside(path, ".lock")
+    lock = _beside(Path(path), ".lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = open(lock, "a+")
