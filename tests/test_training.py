@@ -318,6 +318,18 @@ def test_interrupted_run_goes_on_with_the_same_objects(tmp_path, uninterrupted):
     assert_same(run, uninterrupted[0], result, uninterrupted[1])
 
 
+def test_learning_rate_in_a_tensor_resumes_too(tmp_path):
+    whole = Run(lr=torch.tensor(0.02))
+    expected = whole.fit()
+    parts = Run(lr=torch.tensor(0.02))
+    parts.interrupt_at = 8
+    with pytest.raises(KeyboardInterrupt):
+        parts.fit(checkpoint=tmp_path / "c", checkpoint_every=3)
+    parts = Run(lr=torch.tensor(0.02))
+    result = parts.fit(checkpoint=tmp_path / "c", checkpoint_every=3)
+    assert_same(parts, whole, result, expected)
+
+
 def test_smaller_last_batch_resumes_too(tmp_path):
     whole = Run()
     expected = whole.fit(drop_last=False)
@@ -372,7 +384,7 @@ def test_finished_run_loads_and_can_be_trained_on(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-def test_resume_on_a_gpu_with_a_captured_step(tmp_path):
+def test_resume_on_a_gpu(tmp_path):
     def run(**options):
         torch.manual_seed(0)
         weight = torch.randn(8, 1, device="cuda", requires_grad=True)
