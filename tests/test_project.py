@@ -1,0 +1,306 @@
+"""The project's own machinery: pins, builds by content, coursework copies, workflows, README."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import conda
+import nbformat
+import pytest
+import yaml
+from coursework import without_solutions
+from environment import torch_pin
+from execute import read_chapter
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.py"))
+HEADER = """\
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+"""
+TOY = (
+    HEADER
+    + """\
+# %% [markdown]
+# # A toy chapter
+
+# %% tags=["parameters"]
+epochs: int = 2  # passes over nothing
+
+# %%
+import sys
+import small
+
+print({"a", "b", "c"}, small.VALUE * epochs)
+
+# %% [markdown]
+# ```{exercise}
+# :label: ex-toy
+# Find the number.
+# ```
+
+# %% [markdown]
+# ```{solution-start} ex-toy
+# :class: dropdown
+# ```
+# The secret is simple.
+
+# %%
+secret = 42
+
+# %% tags=["self-check"]
+print("checked")
+
+# %% [markdown]
+# ```{solution-end}
+# ```
+# And on we go.
+"""
+)
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+# --- pins ----------------------------------------------------------------------------------------
+
+
+def by_name(lines) -> dict[str, set]:
+    """Requirements by normalised name, each as its version and marker."""
+    found = {}
+    for line in lines:
+        requirement = Requirement(line)
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        found.setdefault(name, set()).add((str(requirement.specifier), str(requirement.marker)))
+    return found
+
+
+def test_conda_environment_has_the_pins_of_the_lock():
+    *plain, pip = yaml.safe_load(read("environment.yml"))["dependencies"]
+    assert plain == ["python >=3.11,<3.14", "pip"]
+    *requirements, package = pip["pip"]
+    assert package == "-e ."
+    assert by_name(requirements) == by_name([*conda.pins(), torch_pin()])
+    assert read("environment.yml") == conda.environment(), "run make lock"
+
+
+def test_lock_pins_all_that_is_asked_for():
+    asked = [line for line in read("requirements.in").splitlines() if re.match(r"\w", line)]
+    project = tomllib.loads(read("pyproject.toml"))
+    locked = by_name([*conda.pins(), torch_pin()])
+    for line in asked + project["project"]["dependencies"]:
+        requirement = Requirement(line)
+        versions = [specifier for specifier, _ in locked[requirement.name.lower()]]
+        assert all(requirement.specifier.contains(v.removeprefix("==")) for v in versions), line
+    (metadata,) = project["tool"]["uv"]["dependency-metadata"]
+    assert f"torch=={metadata['version']}" == torch_pin()
+
+
+def test_lock_is_the_same_wherever_it_is_written():
+    lock = read("requirements.lock")
+    assert "://" not in lock and "--index" not in lock and "--find-links" not in lock
+    assert not {
+        name for name in by_name(conda.pins()) if re.match("torch|nvidia|cuda|triton", name)
+    }
+    for block in re.split(r"\n(?=\w)", lock):
+        assert "--hash=sha256:" in block
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy_book(tmp_path):
+    """A small copy of the project: the real graph and scripts, two toy chapters, a toy library."""
+    shutil.copytree(ROOT / "workflow", tmp_path / "workflow")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copy(ROOT / "requirements.lock", tmp_path)
+    for folder in ("notebooks/params", "lib", "data", "book"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "lib" / "small.py").write_text("VALUE = 1\n")
+    (tmp_path / "data" / "numbers.csv").write_text("1\n")
+    (tmp_path / "notebooks" / "01_one.py").write_text(TOY)
+    (tmp_path / "notebooks" / "02_two.py").write_text(TOY)
+    return tmp_path
+
+
+def build(folder: Path, *targets: str) -> list[str]:
+    """Run the graph as make does; return which chapters were executed."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile"]
+    done = subprocess.run(
+        [*command, "--profile", "workflow/profiles/local", *targets],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder / "lib")},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return sorted(re.findall(r"^(\S+) +executed in", done.stdout, flags=re.MULTILINE))
+
+
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)
+
+
+def test_chapters_are_executed_again_by_content(toy_book):
+    assert build(toy_book, "chapters") == ["01_one", "02_two"]
+    executed = (toy_book / "book/chapters/01_one.ipynb").read_bytes()
+    assert build(toy_book, "chapters") == []
+
+    for path in toy_book.rglob("*.*"):
+        if path.is_file() and ".snakemake" not in path.parts and "chapters" not in path.parts:
+            os.utime(path, (time.time() + 5, time.time() + 5))
+    assert build(toy_book, "chapters") == []
+
+    append(toy_book / "notebooks" / "01_one.py", "\n# %%\nepochs\n")
+    assert build(toy_book, "chapters") == ["01_one"]
+    append(toy_book / "lib" / "small.py", "# a byte\n")
+    assert build(toy_book, "chapters") == ["01_one", "02_two"]
+    append(toy_book / "data" / "numbers.csv", "2\n")
+    os.utime(toy_book / "data" / "numbers.csv", (0, 0))
+    assert build(toy_book, "chapters") == ["01_one", "02_two"]
+
+    (toy_book / "notebooks" / "01_one.py").write_text(TOY)
+    (toy_book / "book/chapters/02_two.ipynb").unlink()
+    assert build(toy_book, "chapters") == ["01_one", "02_two"]
+    assert (toy_book / "book/chapters/01_one.ipynb").read_bytes() == executed
+
+
+def test_a_failing_cell_stops_the_build_and_is_shown(toy_book):
+    append(toy_book / "notebooks" / "01_one.py", '\n# %%\nraise ValueError("too small")\n')
+    with pytest.raises(AssertionError, match=r"01_one: failed in cell \[5\]") as failure:
+        build(toy_book, "chapters")
+    assert "ValueError: too small" in str(failure.value)
+    assert not (toy_book / "book/chapters/01_one.ipynb").exists()
+    assert (toy_book / "book/chapters/02_two.ipynb").exists()
+    assert (toy_book / ".cache/failed/01_one.ipynb").exists()
+
+
+def test_parameters_of_a_size_reach_the_chapter(toy_book):
+    for name in ("01_one", "02_two"):
+        (toy_book / "notebooks" / "params" / f"{name}.smoke.yaml").write_text("epochs: 7\n")
+    assert build(toy_book, "smoke") == ["01_one", "02_two"]
+    notebook = nbformat.read(toy_book / "book/_build/smoke/01_one.ipynb", 4)
+    defaults, injected, printed = [c for c in notebook.cells if c.cell_type == "code"][:3]
+    assert "remove-cell" in defaults.metadata.tags
+    assert "epochs = 7" in injected.source
+    assert printed.outputs[0].text.endswith("7\n")
+
+
+def test_a_second_build_waits_for_the_first(tmp_path):
+    command = [sys.executable, ROOT / "workflow" / "locked.py", tmp_path / "lock"]
+    log = tmp_path / "log"
+    script = f'import time; time.sleep(1); open({str(log)!r}, "a").write("first ")'
+    first = subprocess.Popen([*command, sys.executable, "-c", script])
+    while not (tmp_path / "lock").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    script = f'open({str(log)!r}, "a").write("second")'
+    second = subprocess.run(
+        [*command, sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert first.wait() == 0
+    assert log.read_text() == "first second"
+    assert "waiting" in second.stdout
+
+
+@pytest.mark.parametrize("python", ["no-such-python", "false"])
+def test_missing_python_is_one_line_that_says_what_to_install(python):
+    done = subprocess.run(
+        ["make", "book", f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    first, *_ = done.stderr.splitlines()
+    assert "install Python 3.11 or newer" in first and python in first
+
+
+# --- coursework ----------------------------------------------------------------------------------
+
+
+def test_coursework_has_the_exercises_without_the_solutions(tmp_path):
+    source = tmp_path / "01_one.py"
+    source.write_text(TOY)
+    notebook = without_solutions(read_chapter(source))
+    text = "\n".join(cell.source for cell in notebook.cells)
+    assert "Find the number." in text and "And on we go." in text and "checked" in text
+    assert "secret" not in text and "solution" not in text
+    assert text.index("# Your answer") < text.index("checked")
+
+
+def test_unpaired_solutions_are_refused(tmp_path):
+    source = tmp_path / "01_one.py"
+    source.write_text(TOY.replace("solution-end", "note"))
+    with pytest.raises(ValueError, match="no solution-end"):
+        without_solutions(read_chapter(source))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_no_solution_is_left_in_the_coursework_copy(chapter):
+    notebook = without_solutions(read_chapter(ROOT / "notebooks" / f"{chapter}.py"))
+    assert "{solution" not in "\n".join(cell.source for cell in notebook.cells)
+    assert sum(cell.source == "# Your answer" for cell in notebook.cells) >= 3
+
+
+# --- files that people read ----------------------------------------------------------------------
+
+
+def test_readme_names_every_chapter_and_only_targets_that_exist():
+    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), flags=re.MULTILINE))
+    for name in ("README.md", "CONTRIBUTING.md", "book/reproducing.md"):
+        named = re.findall(r"(?:^|`)make ([a-z]+)", read(name), flags=re.MULTILINE)
+        assert set(named) <= targets, name
+    for chapter in CHAPTERS:
+        assert f"notebooks/{chapter}.ipynb" in read("README.md")
+        assert f"chapters/{chapter}" in read("book/_toc.yml")
+
+
+def test_links_between_project_files_resolve():
+    for name in ("README.md", "CONTRIBUTING.md"):
+        for link in re.findall(r"\]\(([^)#]+)\)", read(name)):
+            assert link.startswith("https://") or (ROOT / link).exists(), f"{name}: {link}"
+
+
+def test_help_lists_the_targets():
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for target in ("book", "test", "notebooks", "smoke", "coursework", "lock", "clean"):
+        assert re.search(rf"^make {target} +\w", done.stdout, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["check", "publish"])
+def test_workflows_are_pinned_and_have_least_permissions(name):
+    text = read(f".github/workflows/{name}.yml")
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert workflow["concurrency"]["group"]
+    for action in re.findall(r"uses: (\S+)", text):
+        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action)
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"] <= 40
+        assert set(job.get("permissions", {})) <= {"pages", "id-token"}
+
+
+def test_citation_and_package_agree():
+    citation = yaml.safe_load(read("CITATION.cff"))
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    assert citation["version"] == project["version"]
+    assert citation["authors"] == project["authors"]
+    assert citation["license"] == project["license"] == "MIT"
+    module = importlib.util.find_spec("amortised")
+    assert Path(module.origin).is_relative_to(ROOT), "the installed package is not this folder's"
