@@ -518,8 +518,8 @@ def animate(
 
     The format is animated PNG. Of those that Pillow writes it alone has smooth transparency, which
     a picture for light and for dark pages needs, and is at the same time shown as an image by
-    Jupyter, nbconvert, MyST-NB and the code hosts. What cannot play it, paper for one, shows the
-    first frame. The same frames always give the same bytes.
+    Jupyter, nbconvert, MyST-NB and the code hosts. What cannot play it shows the last frame. The
+    same frames always give the same bytes.
 
     :param draw: ``draw(figure, frame)`` draws frame number ``frame``, from 0, on an empty figure.
         Fix the limits of the axes, or they jump from frame to frame.
@@ -554,13 +554,16 @@ def animate(
     sheet = Image.fromarray(np.concatenate(frames))
     sheet = sheet.quantize(num_colours, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     height = frames[0].shape[0]
-    first, *others = (
-        sheet.crop((0, i * height, sheet.width, (i + 1) * height)) for i in range(num_frames)
-    )
-    durations = [1000 / fps] * (num_frames - 1) + [1000 / fps + 1000 * hold]
+    strips = [sheet.crop((0, i * height, sheet.width, (i + 1) * height)) for i in range(num_frames)]
     buffer = io.BytesIO()
-    first.save(
-        buffer, format="PNG", save_all=True, append_images=others, duration=durations, loop=0
+    strips[-1].save(
+        buffer,
+        format="PNG",
+        save_all=True,
+        default_image=True,  # what save() is called on is the still picture
+        append_images=strips,
+        duration=[1000 / fps] * (num_frames - 1) + [1000 / fps + 1000 * hold],
+        loop=0,
     )
     content = buffer.getvalue()
     if len(content) > max_bytes:
