@@ -1,0 +1,682 @@
+r"""The log-likelihood of a convolutional Bernoulli decoder and its gradient in z, faster.
+
+Annealing evaluates :math:`\log p(x \mid z)` and :math:`\nabla_z \log p(x \mid z)` millions of times
+while the weights stand still. Autograd pays each time for generality: it records a graph, and calls
+transposed convolutions that processors run slowly. Here the chain rule is written out for the
+layers of such decoders, and each layer takes the form that the processor runs best. All routes give
+the numbers of autograd, up to rounding.
+
+**A transposed convolution is a convolution.** With stride s, kernel k and padding p, input i
+reaches output :math:`o = s i - p + t` through tap t. Cut the output into blocks of s pixels,
+:math:`o = s q + r`. Every block then depends on the same few neighbours of input q, through taps
+:math:`t = r + p - s (i - q)`: an ordinary convolution that computes the s x s pixels of a block as
+channels (Shi et al., 2016). With k = 5, s = 2, p = 2 it has a 3 x 3 kernel. Its backward pass is an
+ordinary convolution already, with stride s and the original kernel.
+
+**Or it is a matrix.** Unrolled, a transposed convolution is a dense matrix that is mostly zeros.
+It multiplies several times as much and still wins on a GPU, whose matrix units run at full speed.
+
+Source: Shi et al. (2016), arXiv 1609.05158, for the convolution over blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .models import BernoulliDecoder, LatentVariableModel
+from .numerics import value_and_grad
+
+__all__ = ["ROUTES", "LogLikelihoodAndGrad", "log_likelihood_and_grad"]
+
+ROUTES = ("auto", "eager", "rewritten", "compiled", "dense")
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_VECTOR_WIDTH = 16  # float32 values in the widest register of common processors
+
+
+def log_likelihood_and_grad(
+    model: LatentVariableModel,
+    x: Tensor,
+    route: str = "auto",
+    *,
+    dtype: torch.dtype | None = None,
+    chunk_size: int | None = None,
+) -> LogLikelihoodAndGrad:
+    r"""A callable for :math:`\log p(x \mid z)` and :math:`\nabla_z \log p(x \mid z)` at fixed x.
+
+    The routes, equal up to rounding:
+
+    ``eager``
+        autograd through the model. Any :class:`~amortised.models.LatentVariableModel`.
+    ``rewritten``
+        the chain rule written out, transposed convolutions as convolutions over blocks, channels
+        last, pixels left in blocks, chains in chunks that fit the cache. No compiler needed.
+    ``compiled``
+        the same through ``torch.compile``, which takes some seconds at first use on a machine.
+        Where that is not possible, ``rewritten``, with one warning.
+    ``dense``
+        transposed convolutions unrolled to dense matrices; on CUDA inside a CUDA graph.
+    ``auto``
+        ``dense`` on CUDA, else ``rewritten``; ``eager`` for a model that they do not cover.
+
+    Routes other than ``eager`` cover :class:`~amortised.models.BernoulliDecoder` with a decoder
+    built as ``nn.Sequential`` of ``Linear``, ``ReLU``, ``Unflatten``, ``ConvTranspose2d`` and
+    ``Flatten``.
+
+    **Low precision.** ``dtype=torch.bfloat16`` (or float16) stores weights and activations in that
+    type; positions, momenta and the sum over pixels stay in the model's type. It is for the
+    *dynamics*. Leapfrog is reversible and preserves volume under any deterministic force, so the
+    force need not be an exact gradient: only the energies that decide acceptance and weights must
+    be exact. :meth:`LogLikelihoodAndGrad.log_likelihood` gives them in the model's type, one
+    forward pass per temperature::
+
+        fast_fn = log_likelihood_and_grad(model, x, dtype=torch.bfloat16)
+        ais(log_prior_fn, fast_fn.log_likelihood, z0, schedule, step_size=..., num_leapfrog=...,
+            likelihood_value_and_grad=fast_fn, exact_energies=True)
+
+    Without ``exact_energies`` the energies are of low precision too. That estimates the evidence of
+    a slightly different model, and a table that uses it says so.
+
+    :param model: the model; evaluated where its weights are.
+    :param x: observations, ``[B, P]``; binary for a ``BernoulliDecoder``.
+    :param route: one of the names above.
+    :param dtype: type of weights and activations; by default the model's own.
+    :param chunk_size: chains evaluated at once, which bounds the memory beyond inputs and results;
+        by default 128 per processor thread on a CPU and 65,536 on other devices.
+    :return: a callable ``z -> (log_likelihood, grad)`` for z of shape ``[..., B, D]``.
+    :raises ValueError: when the route is unknown or does not cover the model, when x is not
+        binary or not ``[B, P]``, or when another argument is out of range.
+
+    >>> from amortised.models import ConvBernoulli
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> model, x = ConvBernoulli(), torch.bernoulli(torch.full((3, 784), 0.2), generator=generator)
+    >>> value_and_grad_fn = log_likelihood_and_grad(model, x)
+    >>> log_likelihood, grad = value_and_grad_fn(torch.randn(7, 3, 32, generator=generator))
+    >>> value_and_grad_fn.route, log_likelihood.shape, grad.shape
+    ('rewritten', torch.Size([7, 3]), torch.Size([7, 3, 32]))
+    """
+    if route not in ROUTES:
+        raise ValueError(f"route must be one of {', '.join(ROUTES)}; got {route!r}")
+    own_dtype = next(model.parameters()).dtype
+    if dtype not in (None, own_dtype, *_LOW_PRECISION):
+        raise ValueError(f"dtype must be {own_dtype}, bfloat16 or float16; got {dtype}")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be an integer, at least 1; got {chunk_size!r}")
+    if x.ndim != 2 or x.shape[1] != model.observation_dim or len(x) == 0:
+        raise ValueError(
+            f"x must be [B, P] with P = {model.observation_dim} and B at least 1; "
+            f"got shape {tuple(x.shape)}"
+        )
+    if isinstance(model, BernoulliDecoder) and not ((x == 0) | (x == 1)).all():
+        raise ValueError("x must be binary, 0 or 1; binarise the images first")
+    return LogLikelihoodAndGrad(model, x, route, dtype or own_dtype, chunk_size)
+
+
+class LogLikelihoodAndGrad:
+    r"""What :func:`log_likelihood_and_grad` returns: call it with z, ``[..., B, D]``.
+
+    Gives :math:`\log p(x \mid z)`, ``[..., B]`` in nats, and its gradient in z, ``[..., B, D]``,
+    both detached. Where x holds one observation, z may have any leading shape.
+
+    The routes work on a packed copy of the weights. After a change of the model, call
+    :meth:`refresh`. Changes that PyTorch counts (optimiser steps, ``load_state_dict``, in-place
+    operations) are noticed at the next call and raise an error rather than give stale numbers.
+
+    :ivar route: the route that is in use, never ``"auto"``.
+    :ivar dtype: type of weights and activations.
+    :ivar chunk_size: chains evaluated at once.
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: LatentVariableModel,
+        x: Tensor,
+        route: str,
+        dtype: torch.dtype,
+        chunk_size: int | None,
+    ):
+        weight = next(model.parameters())
+        self._model, self._num_images = model, len(x)
+        self._own_dtype, self._device = weight.dtype, weight.device
+        if chunk_size is None:
+            on_cpu = self._device.type == "cpu"
+            chunk_size = 128 * torch.get_num_threads() if on_cpu else 65_536
+        self.dtype, self.chunk_size = dtype, chunk_size
+        self.route = route
+        if route == "auto":
+            self.route = "dense" if self._device.type == "cuda" else "rewritten"
+
+        x, network = x.to(weight), None
+        if self.route != "eager":
+            try:
+                network = _network(model, dense=self.route == "dense")
+            except ValueError:
+                if route != "auto":
+                    raise
+                self.route = "eager"
+        if network is None and dtype is not self._own_dtype:
+            raise ValueError(f"the eager route runs in the model's own type; got dtype={dtype}")
+        if network is None:
+            self._pack, self._packed = None, []
+            self._value, self._value_and_grad = _autograd(model, x)
+        else:
+            self._run_network(network, x)
+        self._versions = self._weight_versions()
+
+    def _run_network(self, network: _Network, x: Tensor) -> None:
+        """Pack the weights, once for each type, and choose the function that runs them."""
+        self._pack = network.pack
+        self._packed = [
+            [tuple(w.to(t) for w in weights) for weights in network.pack()]
+            for t in dict.fromkeys((self._own_dtype, self.dtype))
+        ]
+        exact, forces = self._packed[0], self._packed[-1]
+        signs = (2.0 * x - 1.0)[:, network.order.to(x.device)]
+
+        run = functools.partial(_value_and_grad, network.stages)
+        if self.route == "compiled":
+            example = x.new_zeros(self.chunk_size, self._model.latent_dim)
+            run = _compile(network.stages, forces, example, signs[:1].expand(self.chunk_size, -1))
+            if run is None:
+                self.route, run = "rewritten", functools.partial(_value_and_grad, network.stages)
+        elif self.route == "dense" and self._device.type == "cuda":
+            run = _CudaGraphs(run)
+        self._value = lambda z, rows: _value(network.stages, exact, z, signs[rows])
+        self._value_and_grad = lambda z, rows: run(forces, z, signs[rows])
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-likelihood and gradient, ``[..., B, D] -> ([..., B], [..., B, D])``.
+
+        :raises ValueError: when the shape, type or device of z does not fit the model and x.
+        :raises RuntimeError: when the weights changed since the last :meth:`refresh`.
+        """
+        value, grad = z.new_empty(z.shape[:-1]), z.new_empty(z.shape)
+        flat_value, flat_grad = value.view(-1), grad.view(-1, z.shape[-1])
+        for part, z_part, rows in self._chunks(z):
+            flat_value[part], flat_grad[part] = self._value_and_grad(z_part, rows)
+        return value, grad
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def log_likelihood(self, z: Tensor) -> Tensor:
+        """The log-likelihood alone, in the model's own type whatever ``dtype``: ``[..., B]``.
+
+        Arguments and errors as in a call.
+        """
+        value = z.new_empty(z.shape[:-1])
+        flat_value = value.view(-1)
+        for part, z_part, rows in self._chunks(z):
+            flat_value[part] = self._value(z_part, rows)
+        return value
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the model's weights as they are now."""
+        if self._pack is not None:
+            fresh = self._pack()
+            for packed in self._packed:  # in place, where captured graphs read them
+                for old, new in zip(itertools.chain(*packed), itertools.chain(*fresh), strict=True):
+                    old.copy_(new)
+        self._versions = self._weight_versions()
+
+    def _weight_versions(self) -> list[tuple[int, int]]:
+        weights = itertools.chain(self._model.parameters(), self._model.buffers())
+        return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+
+    def _chunks(self, z: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Check z, and cut the flattened chains into nearly equal chunks.
+
+        Yields where the chunk is, its chains, and which row of x belongs to each chain.
+        """
+        latent_dim, num_images = self._model.latent_dim, self._num_images
+        if z.shape[-1:] != (latent_dim,) or (num_images > 1 and z.shape[-2:-1] != (num_images,)):
+            raise ValueError(
+                f"z must be [..., B, D] with B = {num_images} and D = {latent_dim}; "
+                f"got shape {tuple(z.shape)}"
+            )
+        if z.dtype != self._own_dtype or z.device != self._device:
+            raise ValueError(
+                f"z must be {self._own_dtype} on {self._device}, like the model's weights; "
+                f"got {z.dtype} on {z.device}"
+            )
+        if self._versions != self._weight_versions():
+            raise RuntimeError(
+                "the model's weights changed since this callable packed them; call its refresh()"
+            )
+        flat = z.detach().reshape(-1, latent_dim)
+        num_chunks = math.ceil(len(flat) / self.chunk_size)
+        for i in range(num_chunks):
+            start, stop = i * len(flat) // num_chunks, (i + 1) * len(flat) // num_chunks
+            rows = torch.arange(start, stop, device=z.device) % num_images
+            yield slice(start, stop), flat[start:stop], rows
+
+
+# --- autograd ------------------------------------------------------------------------------------
+
+
+def _is_bernoulli(model: LatentVariableModel) -> bool:
+    """Whether the likelihood is that of ``BernoulliDecoder``, not overridden by a subclass."""
+    return isinstance(model, BernoulliDecoder) and all(
+        getattr(type(model), name) is getattr(BernoulliDecoder, name)
+        for name in ("logits", "likelihood", "log_likelihood")
+    )
+
+
+def _autograd(model: LatentVariableModel, x: Tensor) -> tuple[Callable, Callable]:
+    """The log-likelihood, without and with its gradient, through the model itself."""
+    # Through the logits, a trajectory that diverged has log-likelihood nan, which a sampler
+    # rejects; the distribution's own checks would raise an error, and cost time.
+    if _is_bernoulli(model):
+        signs = 2.0 * x - 1.0
+
+        def value(z: Tensor, rows: Tensor) -> Tensor:
+            return F.logsigmoid(model.logits(z) * signs[rows]).sum(-1)
+    else:
+
+        def value(z: Tensor, rows: Tensor) -> Tensor:
+            return model.log_likelihood(x[rows], z)
+
+    return value, lambda z, rows: value_and_grad(lambda z: value(z, rows), z)
+
+
+# --- the chain rule, written out -----------------------------------------------------------------
+
+
+class _Affine(NamedTuple):
+    """``activation(a W' + b)``; its weights are W ``[out, in]`` and b."""
+
+    relu: bool
+
+
+class _Blocks(NamedTuple):
+    """A transposed convolution as a convolution over blocks, on flattened channels-last images.
+
+    Its weights are those of the forward convolution, its bias, and those of the backward one.
+    """
+
+    relu: bool
+    in_shape: tuple[int, int, int]  # channels, height, width
+    out_shape: tuple[int, int, int]
+    block: tuple[int, int]  # pixels of a block; the forward convolution makes one from each window
+    window_stride: int
+    num_blocks: tuple[int, int]
+    padding: tuple[int, int, int, int]  # left, right, top, bottom, as F.pad takes it
+    stride: tuple[int, int]  # of the backward convolution
+    backward_padding: tuple[int, int]
+    keep_blocks: bool  # leave the pixels in the order of blocks, [rows, columns, block]
+
+
+def _value_and_grad(
+    stages: tuple[_Affine | _Blocks, ...], weights: list, z: Tensor, signs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-likelihood and gradient for z ``[N, D]`` and pixels ``2 x - 1``, ``[N, P]``."""
+    activations = _forward(stages, weights, z)
+    margins = activations[-1].to(signs.dtype) * signs
+    value = F.logsigmoid(margins).sum(-1)
+    grad = torch.sigmoid(margins.neg_()).mul_(signs).to(activations[-1].dtype)
+    for i in range(len(stages) - 1, -1, -1):
+        if stages[i].relu:
+            grad = torch.ops.aten.threshold_backward(grad, activations[i], 0)
+        grad = _backward(stages[i], weights[i], grad)
+    return value, grad.to(z.dtype)
+
+
+def _value(
+    stages: tuple[_Affine | _Blocks, ...], weights: list, z: Tensor, signs: Tensor
+) -> Tensor:
+    logits = _forward(stages, weights, z)[-1].to(signs.dtype)
+    return F.logsigmoid(logits.mul_(signs)).sum(-1)
+
+
+def _forward(stages: tuple[_Affine | _Blocks, ...], weights: list, z: Tensor) -> list[Tensor]:
+    """The output of each stage, flattened to ``[N, features]``."""
+    outputs, a = [], z.to(weights[0][0].dtype)
+    for stage, packed in zip(stages, weights, strict=True):
+        if isinstance(stage, _Affine):
+            a = F.linear(a, *packed)
+            a = a.relu_() if stage.relu else a
+        else:
+            a = _forward_blocks(stage, packed, a)
+        outputs.append(a)
+    return outputs
+
+
+def _forward_blocks(stage: _Blocks, packed: tuple[Tensor, Tensor, Tensor], a: Tensor) -> Tensor:
+    channels, height, width = stage.in_shape
+    image = a.view(-1, height, width, channels).permute(0, 3, 1, 2)
+    left, right, top, bottom = stage.padding
+    if left >= right and top >= bottom and left >= 0 and top >= 0:
+        padding = (top, left)
+    else:
+        image, padding = F.pad(image, stage.padding), 0
+    y = F.conv2d(image, packed[0], packed[1], stage.window_stride, padding)
+    rows, columns = stage.num_blocks
+    y = y.permute(0, 2, 3, 1)[:, :rows, :columns]
+    y = y.relu_() if stage.relu else y
+    if not stage.keep_blocks:
+        channels, height, width = stage.out_shape
+        y = y.reshape(-1, rows, columns, *stage.block, channels).transpose(2, 3)
+        y = y.reshape(-1, rows * stage.block[0], columns * stage.block[1], channels)
+        y = y[:, :height, :width]
+    return y.reshape(len(a), -1)
+
+
+def _backward(stage: _Affine | _Blocks, packed: tuple[Tensor, ...], grad: Tensor) -> Tensor:
+    """From the gradient in a stage's output, before activation, to that in its input."""
+    if isinstance(stage, _Affine):
+        return grad @ packed[0]
+    channels, height, width = stage.out_shape
+    if stage.keep_blocks:
+        grad = grad.view(-1, *stage.num_blocks, *stage.block, channels).transpose(2, 3)
+    image = grad.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+    image = F.conv2d(image, packed[2], None, stage.stride, stage.backward_padding)
+    return image.permute(0, 2, 3, 1).reshape(len(grad), -1)
+
+
+# --- from modules to stages ----------------------------------------------------------------------
+
+
+class _Layer(NamedTuple):
+    """A layer with weights, the shapes of one example before and after, and what follows it."""
+
+    module: nn.Linear | nn.ConvTranspose2d
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    relu: bool
+
+
+class _Network(NamedTuple):
+    """Stages, the order in which they leave the pixels, and a function that packs the weights."""
+
+    stages: tuple[_Affine | _Blocks, ...]
+    order: Tensor
+    pack: Callable[[], list[tuple[Tensor, ...]]]
+
+
+def _network(model: LatentVariableModel, dense: bool) -> _Network:
+    """Stages for a model; a ``ValueError`` says what is not covered."""
+    if not _is_bernoulli(model):
+        raise ValueError(
+            f"only a BernoulliDecoder has routes other than 'eager'; got {type(model).__name__}"
+        )
+    layers = _layers(model)
+    return _dense_network(layers) if dense else _rewritten_network(layers)
+
+
+def _layers(model: BernoulliDecoder) -> list[_Layer]:
+    layers: list[_Layer] = []
+    shape: tuple[int, ...] = (model.latent_dim,)
+    for module in _flatten(model.decoder):
+        kind, in_shape = type(module), shape
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(f"only the 'eager' route covers hooks; {module} has some")
+        if kind is nn.Linear and shape == (module.in_features,):
+            shape = (module.out_features,)
+        elif kind is nn.ConvTranspose2d and len(shape) == 3 and _is_simple(module):
+            sides = (
+                (n - 1) * s - 2 * p + k + extra
+                for n, s, p, k, extra in zip(
+                    shape[1:],
+                    module.stride,
+                    module.padding,
+                    module.kernel_size,
+                    module.output_padding,
+                    strict=True,
+                )
+            )
+            shape = (module.out_channels, *sides)
+        elif kind is nn.ReLU and layers:
+            layers[-1] = layers[-1]._replace(relu=True)
+            continue
+        elif kind is nn.Unflatten and module.dim in (1, -1) and len(module.unflattened_size) == 3:
+            shape = tuple(module.unflattened_size)
+            continue
+        elif kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
+            shape = (math.prod(shape),)
+            continue
+        else:
+            raise ValueError(
+                f"only the 'eager' route covers a decoder with {module} at shape {shape}"
+            )
+        layers.append(_Layer(module, in_shape, shape, relu=False))
+    return layers
+
+
+def _flatten(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of nested ``nn.Sequential`` in the order of use, repeated where reused."""
+    if type(module) is nn.Sequential:
+        for child in module:
+            yield from _flatten(child)
+    else:
+        yield module
+
+
+def _is_simple(module: nn.ConvTranspose2d) -> bool:
+    return module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
+
+
+def _bias(module: nn.Linear | nn.ConvTranspose2d) -> Tensor:
+    if module.bias is not None:
+        return module.bias
+    return module.weight.new_zeros(
+        module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    )
+
+
+def _dense_network(layers: list[_Layer]) -> _Network:
+    """Every layer an affine map of flattened activations, in the model's own order."""
+
+    def pack_layer(layer: _Layer) -> tuple[Tensor, Tensor]:
+        module = layer.module
+        if isinstance(module, nn.Linear):
+            return module.weight.detach().clone(), _bias(module).detach().clone()
+        inputs = math.prod(layer.in_shape)
+        basis = torch.eye(inputs, dtype=module.weight.dtype, device=module.weight.device)
+        matrix = F.conv_transpose2d(
+            basis.view(inputs, *layer.in_shape),
+            module.weight,
+            None,
+            module.stride,
+            module.padding,
+            module.output_padding,
+        )
+        pixels = math.prod(layer.out_shape[1:])
+        bias = _bias(module).detach().repeat_interleave(pixels)
+        return matrix.detach().view(inputs, -1).T.contiguous(), bias
+
+    return _Network(
+        tuple(_Affine(layer.relu) for layer in layers),
+        torch.arange(math.prod(layers[-1].out_shape)),
+        lambda: [pack_layer(layer) for layer in layers],
+    )
+
+
+def _rewritten_network(layers: list[_Layer]) -> _Network:
+    """Linear layers, and transposed convolutions over blocks on channels-last images.
+
+    ``order`` maps positions of our flattened activations to those of the model. Between layers the
+    change of order is absorbed by the weights of a linear layer.
+    """
+    stages: list[_Affine | _Blocks] = []
+    packers: list[Callable[[], tuple[Tensor, ...]]] = []
+    order = torch.arange(math.prod(layers[0].in_shape))
+    for i, layer in enumerate(layers):
+        following = layers[i + 1] if i + 1 < len(layers) else None
+        if isinstance(layer.module, nn.Linear):
+            in_order, order = order, torch.arange(layer.module.out_features)
+            if following is not None and isinstance(following.module, nn.ConvTranspose2d):
+                order = _channels_last(following.in_shape)
+            stages.append(_Affine(layer.relu))
+            packers.append(functools.partial(_pack_linear, layer.module, in_order, order))
+            continue
+        if not torch.equal(order, _channels_last(layer.in_shape)):
+            raise ValueError(
+                f"the 'rewritten' route needs a linear layer before the reshape to {layer.in_shape}"
+            )
+        stage = _blocks(layer, is_last=following is None)
+        order = _channels_last(layer.out_shape)
+        if stage.keep_blocks:
+            (rows, columns), (high, wide) = stage.num_blocks, stage.block
+            images = order.view(rows, high, columns, wide, -1)
+            order = images.transpose(1, 2).flatten()
+        stages.append(stage)
+        packers.append(functools.partial(_pack_blocks, layer.module, stage))
+    return _Network(tuple(stages), order, lambda: [pack() for pack in packers])
+
+
+def _channels_last(shape: tuple[int, int, int]) -> Tensor:
+    return torch.arange(math.prod(shape)).view(shape).permute(1, 2, 0).flatten()
+
+
+def _blocks(layer: _Layer, is_last: bool) -> _Blocks:
+    """How to run a transposed convolution over blocks."""
+    module, sides = layer.module, layer.out_shape[1:]
+    window_stride = 1
+    keep_blocks = is_last and all(n % s == 0 for n, s in zip(sides, module.stride, strict=True))
+    if keep_blocks and layer.out_shape[0] * math.prod(module.stride) < _VECTOR_WIDTH:
+        # Blocks of twice the side fill the vector registers with pixels of fewer, larger windows.
+        window_stride = 2 if all(n % (2 * s) == 0 for n, s in zip(sides, module.stride)) else 1
+    block = tuple(window_stride * s for s in module.stride)
+    num_blocks = tuple(math.ceil(n / b) for n, b in zip(sides, block))
+    pads = []
+    for axis in (1, 0):
+        low, high = _reach(module, axis, block[axis])
+        last_input = window_stride * (num_blocks[axis] - 1) + high
+        pads += [-low, last_input - (layer.in_shape[1 + axis] - 1)]
+    return _Blocks(
+        layer.relu,
+        layer.in_shape,
+        layer.out_shape,
+        block,
+        window_stride,
+        num_blocks,
+        tuple(pads),
+        module.stride,
+        module.padding,
+        keep_blocks,
+    )
+
+
+def _reach(module: nn.ConvTranspose2d, axis: int, block: int) -> tuple[int, int]:
+    """First and last input, relative to that of its first pixel, that reach a block of outputs."""
+    kernel, stride, padding = (
+        module.kernel_size[axis],
+        module.stride[axis],
+        module.padding[axis],
+    )
+    return -((kernel - 1 - padding) // stride), (block - 1 + padding) // stride
+
+
+def _taps(module: nn.ConvTranspose2d, axis: int, block: int) -> Tensor:
+    """Tap that takes each input of a window to each pixel of a block; the kernel size for none."""
+    kernel, stride, padding = (
+        module.kernel_size[axis],
+        module.stride[axis],
+        module.padding[axis],
+    )
+    low, high = _reach(module, axis, block)
+    taps = torch.arange(block)[:, None] + padding - stride * torch.arange(low, high + 1)
+    return torch.where((taps >= 0) & (taps < kernel), taps, kernel)
+
+
+def _pack_linear(module: nn.Linear, in_order: Tensor, out_order: Tensor) -> tuple[Tensor, Tensor]:
+    weight, bias = module.weight.detach(), _bias(module).detach()
+    in_order, out_order = in_order.to(weight.device), out_order.to(weight.device)
+    return weight[out_order][:, in_order], bias[out_order]
+
+
+def _pack_blocks(module: nn.ConvTranspose2d, stage: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
+    weight, channels_last = module.weight.detach(), torch.channels_last
+    rows, columns = (_taps(module, axis, stage.block[axis]).to(weight.device) for axis in (0, 1))
+    padded = F.pad(weight, (0, 1, 0, 1))  # a zero behind the last tap
+    windows = padded[:, :, rows[:, :, None, None], columns]  # [in, out, block, window] by axis
+    forward = windows.permute(2, 4, 1, 0, 3, 5).flatten(0, 2)
+    bias = _bias(module).detach().repeat(math.prod(stage.block))
+    return (
+        forward.contiguous(memory_format=channels_last),
+        bias,
+        weight.clone(memory_format=channels_last),
+    )
+
+
+# --- compilation and CUDA graphs -----------------------------------------------------------------
+
+
+_COMPILED: dict[tuple, Callable | None] = {}
+
+
+def _compile(
+    stages: tuple[_Affine | _Blocks, ...], weights: list, z: Tensor, signs: Tensor
+) -> Callable | None:
+    """The compiled function, or None, with one warning, where PyTorch cannot compile."""
+    key = (stages, weights[0][0].dtype, z.dtype, z.device)
+    if key not in _COMPILED:
+
+        def run(weights: list, z: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+            return _value_and_grad(stages, weights, z, signs)
+
+        signs = signs.contiguous()
+        torch._dynamo.maybe_mark_dynamic(z, 0)  # one compilation for all numbers of chains
+        torch._dynamo.maybe_mark_dynamic(signs, 0)
+        try:
+            _COMPILED[key] = torch.compile(run, fullgraph=True)
+            _COMPILED[key](weights, z, signs)
+        except Exception as error:  # whatever a missing or broken toolchain raises
+            _COMPILED[key] = None
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                "torch.compile failed, so the 'rewritten' route takes the place of 'compiled'; "
+                f"is there a C++ compiler? ({type(error).__name__}: {reason})",
+                stacklevel=2,
+            )
+    return _COMPILED[key]
+
+
+class _CudaGraphs:
+    """Replay the launches of a function from CUDA graphs, one for each number of chains.
+
+    The weights must stay where they are; the results are overwritten by the next call.
+    """
+
+    capacity = 4
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self.graphs: dict[int, tuple] = {}
+
+    def __call__(self, weights: list, z: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.cuda.device(z.device):
+            if len(z) not in self.graphs:
+                if len(self.graphs) == self.capacity:
+                    self.graphs.pop(next(iter(self.graphs)))
+                self.graphs[len(z)] = self._capture(weights, z.clone(), signs.clone())
+            graph, graph_z, graph_signs, results = self.graphs[len(z)]
+            graph_z.copy_(z)
+            graph_signs.copy_(signs)
+            graph.replay()
+        return results
+
+    def _capture(self, weights: list, z: Tensor, signs: Tensor) -> tuple:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries choose algorithms and allocate workspaces here
+                self.function(weights, z, signs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = self.function(weights, z, signs)
+        return graph, z, signs, results
