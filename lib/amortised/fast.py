@@ -185,8 +185,8 @@ class LogLikelihoodAndGrad:
 
         run = functools.partial(_value_and_grad, network.stages)
         if self.route == "compiled":
-            example = x.new_zeros(self.chunk_size, self._model.latent_dim)
-            run = _compile(network.stages, forces, example, signs[:1].expand(self.chunk_size, -1))
+            example = x.new_zeros(max(16, self.chunk_size), self._model.latent_dim)
+            run = _compile(network.stages, forces, example, signs[:1].expand(len(example), -1))
             if run is None:
                 self.route, run = "rewritten", functools.partial(_value_and_grad, network.stages)
         elif self.route == "dense" and self._device.type == "cuda":
@@ -310,13 +310,16 @@ class _Blocks(NamedTuple):
     relu: bool
     in_shape: tuple[int, int, int]  # channels, height, width
     out_shape: tuple[int, int, int]
-    block: tuple[int, int]  # pixels of a block; the forward convolution makes one from each window
-    window_stride: int
-    num_blocks: tuple[int, int]
-    padding: tuple[int, int, int, int]  # left, right, top, bottom, as F.pad takes it
-    stride: tuple[int, int]  # of the backward convolution
-    backward_padding: tuple[int, int]
-    keep_blocks: bool  # leave the pixels in the order of blocks, [rows, columns, block]
+    stride: int
+    padding: int
+    block: int  # side of a block of output pixels, which the forward convolution makes as channels
+    window: tuple[int, int]  # first and last input that a block depends on, relative to its own
+    keep_blocks: bool  # leave the pixels as [block rows, block columns, rows, columns, channels]
+
+    @property
+    def num_blocks(self) -> tuple[int, int]:
+        """Rows and columns of blocks."""
+        return -(-self.out_shape[1] // self.block), -(-self.out_shape[2] // self.block)
 
 
 def _value_and_grad(
@@ -355,22 +358,24 @@ def _forward(stages: tuple[_Affine | _Blocks, ...], weights: list, z: Tensor) ->
 
 
 def _forward_blocks(stage: _Blocks, packed: tuple[Tensor, Tensor, Tensor], a: Tensor) -> Tensor:
-    channels, height, width = stage.in_shape
-    image = a.view(-1, height, width, channels).permute(0, 3, 1, 2)
-    left, right, top, bottom = stage.padding
-    if left >= right and top >= bottom and left >= 0 and top >= 0:
-        padding = (top, left)
-    else:
-        image, padding = F.pad(image, stage.padding), 0
-    y = F.conv2d(image, packed[0], packed[1], stage.window_stride, padding)
+    channels, *sides = stage.in_shape
+    image = a.view(-1, *sides, channels).permute(0, 3, 1, 2)
+    window_stride, (first, last) = stage.block // stage.stride, stage.window
+    before = -first
+    after = [
+        window_stride * (b - 1) + last - (n - 1)
+        for b, n in zip(stage.num_blocks, sides, strict=True)
+    ]
+    if before < max(0, *after):
+        image, before = F.pad(image, (before, after[1], before, after[0])), 0
+    y = F.conv2d(image, packed[0], packed[1], window_stride, before).permute(0, 2, 3, 1)
     rows, columns = stage.num_blocks
-    y = y.permute(0, 2, 3, 1)[:, :rows, :columns]
+    y = y[:, :rows, :columns]
     y = y.relu_() if stage.relu else y
     if not stage.keep_blocks:
         channels, height, width = stage.out_shape
-        y = y.reshape(-1, rows, columns, *stage.block, channels).transpose(2, 3)
-        y = y.reshape(-1, rows * stage.block[0], columns * stage.block[1], channels)
-        y = y[:, :height, :width]
+        y = y.reshape(-1, rows, columns, stage.block, stage.block, channels).transpose(2, 3)
+        y = y.reshape(-1, rows * stage.block, columns * stage.block, channels)[:, :height, :width]
     return y.reshape(len(a), -1)
 
 
@@ -380,9 +385,10 @@ def _backward(stage: _Affine | _Blocks, packed: tuple[Tensor, ...], grad: Tensor
         return grad @ packed[0]
     channels, height, width = stage.out_shape
     if stage.keep_blocks:
-        grad = grad.view(-1, *stage.num_blocks, *stage.block, channels).transpose(2, 3)
+        blocks = grad.view(-1, *stage.num_blocks, stage.block, stage.block, channels)
+        grad = blocks.transpose(2, 3)
     image = grad.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
-    image = F.conv2d(image, packed[2], None, stage.stride, stage.backward_padding)
+    image = F.conv2d(image, packed[2], None, stage.stride, stage.padding)
     return image.permute(0, 2, 3, 1).reshape(len(grad), -1)
 
 
@@ -422,36 +428,22 @@ def _layers(model: BernoulliDecoder) -> list[_Layer]:
     for module in _flatten(model.decoder):
         kind, in_shape = type(module), shape
         if module._forward_hooks or module._forward_pre_hooks:
-            raise ValueError(f"only the 'eager' route covers hooks; {module} has some")
-        if kind is nn.Linear and shape == (module.in_features,):
-            shape = (module.out_features,)
-        elif kind is nn.ConvTranspose2d and len(shape) == 3 and _is_simple(module):
-            sides = (
-                (n - 1) * s - 2 * p + k + extra
-                for n, s, p, k, extra in zip(
-                    shape[1:],
-                    module.stride,
-                    module.padding,
-                    module.kernel_size,
-                    module.output_padding,
-                    strict=True,
-                )
-            )
-            shape = (module.out_channels, *sides)
-        elif kind is nn.ReLU and layers:
+            raise ValueError(f"only the 'eager' route runs hooks; {module} has some")
+        if kind is nn.ReLU and layers:
             layers[-1] = layers[-1]._replace(relu=True)
-            continue
-        elif kind is nn.Unflatten and module.dim in (1, -1) and len(module.unflattened_size) == 3:
-            shape = tuple(module.unflattened_size)
-            continue
         elif kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
             shape = (math.prod(shape),)
-            continue
+        elif kind is nn.Unflatten and module.dim in (1, -1) and len(module.unflattened_size) == 3:
+            shape = tuple(module.unflattened_size)
+        elif (kind is nn.Linear and len(shape) == 1) or (
+            kind is nn.ConvTranspose2d and len(shape) == 3
+        ):
+            shape = tuple(module(module.weight.new_zeros(1, *shape)).shape[1:])
+            layers.append(_Layer(module, in_shape, shape, relu=False))
         else:
             raise ValueError(
                 f"only the 'eager' route covers a decoder with {module} at shape {shape}"
             )
-        layers.append(_Layer(module, in_shape, shape, relu=False))
     return layers
 
 
@@ -464,57 +456,43 @@ def _flatten(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-def _is_simple(module: nn.ConvTranspose2d) -> bool:
-    return module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
-
-
-def _bias(module: nn.Linear | nn.ConvTranspose2d) -> Tensor:
-    if module.bias is not None:
-        return module.bias
-    return module.weight.new_zeros(
-        module.out_features if isinstance(module, nn.Linear) else module.out_channels
-    )
-
-
 def _dense_network(layers: list[_Layer]) -> _Network:
     """Every layer an affine map of flattened activations, in the model's own order."""
 
-    def pack_layer(layer: _Layer) -> tuple[Tensor, Tensor]:
+    def pack(layer: _Layer) -> tuple[Tensor, Tensor]:
         module = layer.module
+        bias = module(module.weight.new_zeros(1, *layer.in_shape)).detach().flatten()
         if isinstance(module, nn.Linear):
-            return module.weight.detach().clone(), _bias(module).detach().clone()
+            return module.weight.detach().clone(), bias
         inputs = math.prod(layer.in_shape)
-        basis = torch.eye(inputs, dtype=module.weight.dtype, device=module.weight.device)
-        matrix = F.conv_transpose2d(
+        basis = torch.eye(inputs, dtype=bias.dtype, device=bias.device)
+        images = F.conv_transpose2d(
             basis.view(inputs, *layer.in_shape),
-            module.weight,
+            module.weight.detach(),
             None,
             module.stride,
             module.padding,
             module.output_padding,
+            module.groups,
+            module.dilation,
         )
-        pixels = math.prod(layer.out_shape[1:])
-        bias = _bias(module).detach().repeat_interleave(pixels)
-        return matrix.detach().view(inputs, -1).T.contiguous(), bias
+        return images.view(inputs, -1).T.contiguous(), bias
 
-    return _Network(
-        tuple(_Affine(layer.relu) for layer in layers),
-        torch.arange(math.prod(layers[-1].out_shape)),
-        lambda: [pack_layer(layer) for layer in layers],
-    )
+    stages = tuple(_Affine(layer.relu) for layer in layers)
+    order = torch.arange(math.prod(layers[-1].out_shape))
+    return _Network(stages, order, lambda: [pack(layer) for layer in layers])
 
 
 def _rewritten_network(layers: list[_Layer]) -> _Network:
     """Linear layers, and transposed convolutions over blocks on channels-last images.
 
-    ``order`` maps positions of our flattened activations to those of the model. Between layers the
-    change of order is absorbed by the weights of a linear layer.
+    ``order`` maps positions of our flattened activations to those of the model. Where a linear
+    layer meets an image, its weights absorb the change of order.
     """
     stages: list[_Affine | _Blocks] = []
     packers: list[Callable[[], tuple[Tensor, ...]]] = []
     order = torch.arange(math.prod(layers[0].in_shape))
-    for i, layer in enumerate(layers):
-        following = layers[i + 1] if i + 1 < len(layers) else None
+    for layer, following in itertools.zip_longest(layers, layers[1:]):
         if isinstance(layer.module, nn.Linear):
             in_order, order = order, torch.arange(layer.module.out_features)
             if following is not None and isinstance(following.module, nn.ConvTranspose2d):
@@ -524,91 +502,72 @@ def _rewritten_network(layers: list[_Layer]) -> _Network:
             continue
         if not torch.equal(order, _channels_last(layer.in_shape)):
             raise ValueError(
-                f"the 'rewritten' route needs a linear layer before the reshape to {layer.in_shape}"
+                f"this route needs a linear layer before the reshape to {layer.in_shape}"
             )
         stage = _blocks(layer, is_last=following is None)
         order = _channels_last(layer.out_shape)
         if stage.keep_blocks:
-            (rows, columns), (high, wide) = stage.num_blocks, stage.block
-            images = order.view(rows, high, columns, wide, -1)
-            order = images.transpose(1, 2).flatten()
+            rows, columns = stage.num_blocks
+            order = order.view(rows, stage.block, columns, stage.block, -1)
+            order = order.transpose(1, 2).flatten()
         stages.append(stage)
         packers.append(functools.partial(_pack_blocks, layer.module, stage))
     return _Network(tuple(stages), order, lambda: [pack() for pack in packers])
 
 
-def _channels_last(shape: tuple[int, int, int]) -> Tensor:
+def _channels_last(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(math.prod(shape)).view(shape).permute(1, 2, 0).flatten()
 
 
 def _blocks(layer: _Layer, is_last: bool) -> _Blocks:
-    """How to run a transposed convolution over blocks."""
-    module, sides = layer.module, layer.out_shape[1:]
-    window_stride = 1
-    keep_blocks = is_last and all(n % s == 0 for n, s in zip(sides, module.stride, strict=True))
-    if keep_blocks and layer.out_shape[0] * math.prod(module.stride) < _VECTOR_WIDTH:
-        # Blocks of twice the side fill the vector registers with pixels of fewer, larger windows.
-        window_stride = 2 if all(n % (2 * s) == 0 for n, s in zip(sides, module.stride)) else 1
-    block = tuple(window_stride * s for s in module.stride)
-    num_blocks = tuple(math.ceil(n / b) for n, b in zip(sides, block))
-    pads = []
-    for axis in (1, 0):
-        low, high = _reach(module, axis, block[axis])
-        last_input = window_stride * (num_blocks[axis] - 1) + high
-        pads += [-low, last_input - (layer.in_shape[1 + axis] - 1)]
+    """How to run a transposed convolution over blocks; the last one leaves its pixels in them."""
+    module = layer.module
+    (kernel, _), (stride, _), (padding, _) = module.kernel_size, module.stride, module.padding
+    square = all(a == b for a, b in (module.kernel_size, module.stride, module.padding))
+    if not square or module.groups != 1 or module.dilation != (1, 1):
+        raise ValueError(
+            f"this route needs square kernels, one group and no dilation; got {module}"
+        )
+    block = stride
+    if is_last and layer.out_shape[0] * stride**2 < _VECTOR_WIDTH:
+        # Larger blocks make more channels, which fill the vector registers.
+        block = 2 * stride if not any(n % (2 * stride) for n in layer.out_shape[1:]) else stride
     return _Blocks(
         layer.relu,
         layer.in_shape,
         layer.out_shape,
+        stride,
+        padding,
         block,
-        window_stride,
-        num_blocks,
-        tuple(pads),
-        module.stride,
-        module.padding,
-        keep_blocks,
+        window=(-((kernel - 1 - padding) // stride), (block - 1 + padding) // stride),
+        keep_blocks=is_last and not any(n % block for n in layer.out_shape[1:]),
     )
 
 
-def _reach(module: nn.ConvTranspose2d, axis: int, block: int) -> tuple[int, int]:
-    """First and last input, relative to that of its first pixel, that reach a block of outputs."""
-    kernel, stride, padding = (
-        module.kernel_size[axis],
-        module.stride[axis],
-        module.padding[axis],
-    )
-    return -((kernel - 1 - padding) // stride), (block - 1 + padding) // stride
-
-
-def _taps(module: nn.ConvTranspose2d, axis: int, block: int) -> Tensor:
-    """Tap that takes each input of a window to each pixel of a block; the kernel size for none."""
-    kernel, stride, padding = (
-        module.kernel_size[axis],
-        module.stride[axis],
-        module.padding[axis],
-    )
-    low, high = _reach(module, axis, block)
-    taps = torch.arange(block)[:, None] + padding - stride * torch.arange(low, high + 1)
-    return torch.where((taps >= 0) & (taps < kernel), taps, kernel)
+def _bias(module: nn.Linear | nn.ConvTranspose2d, size: int) -> Tensor:
+    return module.weight.new_zeros(size) if module.bias is None else module.bias.detach()
 
 
 def _pack_linear(module: nn.Linear, in_order: Tensor, out_order: Tensor) -> tuple[Tensor, Tensor]:
-    weight, bias = module.weight.detach(), _bias(module).detach()
+    weight = module.weight.detach()
     in_order, out_order = in_order.to(weight.device), out_order.to(weight.device)
-    return weight[out_order][:, in_order], bias[out_order]
+    return weight[out_order][:, in_order], _bias(module, module.out_features)[out_order]
 
 
 def _pack_blocks(module: nn.ConvTranspose2d, stage: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
-    weight, channels_last = module.weight.detach(), torch.channels_last
-    rows, columns = (_taps(module, axis, stage.block[axis]).to(weight.device) for axis in (0, 1))
-    padded = F.pad(weight, (0, 1, 0, 1))  # a zero behind the last tap
-    windows = padded[:, :, rows[:, :, None, None], columns]  # [in, out, block, window] by axis
+    weight, kernel = module.weight.detach(), module.kernel_size[0]
+    # The tap that takes an input of the window to a pixel of the block, or the zero behind the last
+    first, last = stage.window
+    inputs, pixels = torch.arange(first, last + 1), torch.arange(stage.block)
+    taps = pixels[:, None] + stage.padding - stage.stride * inputs
+    taps = torch.where((taps >= 0) & (taps < kernel), taps, kernel).to(weight.device)
+    padded = F.pad(weight, (0, 1, 0, 1))
+    windows = padded[:, :, taps[:, :, None, None], taps]  # [in, out, block, window, block, window]
     forward = windows.permute(2, 4, 1, 0, 3, 5).flatten(0, 2)
-    bias = _bias(module).detach().repeat(math.prod(stage.block))
     return (
-        forward.contiguous(memory_format=channels_last),
-        bias,
-        weight.clone(memory_format=channels_last),
+        forward.contiguous(memory_format=torch.channels_last),
+        _bias(module, module.out_channels).repeat(stage.block**2),
+        weight.clone(memory_format=torch.channels_last),
     )
 
 
@@ -625,15 +584,24 @@ def _compile(
     key = (stages, weights[0][0].dtype, z.dtype, z.device)
     if key not in _COMPILED:
 
-        def run(weights: list, z: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+        @functools.partial(torch.compile, fullgraph=True)
+        def compiled(weights: list, z: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
             return _value_and_grad(stages, weights, z, signs)
+
+        def run(weights: list, z: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+            # PyTorch chooses another convolution, hence compiles anew, for fewer than 16 images.
+            missing = max(0, 16 - len(z))
+            if missing:
+                z, signs = F.pad(z, (0, 0, 0, missing)), F.pad(signs, (0, 0, 0, missing))
+            value, grad = compiled(weights, z, signs)
+            return (value[:-missing], grad[:-missing]) if missing else (value, grad)
 
         signs = signs.contiguous()
         torch._dynamo.maybe_mark_dynamic(z, 0)  # one compilation for all numbers of chains
         torch._dynamo.maybe_mark_dynamic(signs, 0)
         try:
-            _COMPILED[key] = torch.compile(run, fullgraph=True)
-            _COMPILED[key](weights, z, signs)
+            run(weights, z, signs)
+            _COMPILED[key] = run
         except Exception as error:  # whatever a missing or broken toolchain raises
             _COMPILED[key] = None
             reason = str(error).strip().partition("\n")[0]
