@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-__all__ = ["GaussianEncoder", "bounded_log_scale", "conv_trunk"]
+__all__ = ["GaussianEncoder", "ImplicitEncoder", "bounded_log_scale", "conv_trunk"]
 
 LOG_SCALE_RANGE = (-8.0, 4.0)
 
@@ -96,3 +96,78 @@ class GaussianEncoder(nn.Module):
         """
         mean, raw_scale = self.head(self.trunk(x)).chunk(2, dim=-1)
         return Independent(Normal(mean, bounded_log_scale(raw_scale).exp()), 1)
+
+
+class ImplicitEncoder(nn.Module):
+    r"""A student that can be sampled, but whose density :math:`q_\phi(z \mid x)` nobody knows.
+
+    .. math::
+
+        \text{CNN-G}\!: \quad & z = \mathrm{MLP}([\mathrm{CNN}(x), \varepsilon]),
+        && \varepsilon \sim \mathcal{N}(0, I) \\
+        \text{CNN-B}\!: \quad & z = \mathrm{MLP}(\mathrm{CNN}(x) \odot \varepsilon),
+        && \varepsilon_j \sim \mathrm{Bernoulli}(\tfrac12)
+
+    The MLP has one hidden layer of rectifiers. Gaussian noise is concatenated to the features;
+    Bernoulli noise multiplies them, is not rescaled, and stays on at test time: it is where the
+    randomness of z comes from, unlike dropout. Noise is drawn from the global stream.
+
+    :param latent_dim: D.
+    :param noise: ``"gaussian"`` or ``"bernoulli"``.
+    :param trunk: module that maps ``[B, P]`` to ``[B, num_features]``; by default
+        :func:`conv_trunk` for 28 x 28 images.
+    :param num_features: width of the trunk's output.
+    :param num_hidden: width of the hidden layer.
+    :param noise_dim: length of the Gaussian noise, D by default. Bernoulli noise has one value for
+        each feature.
+    :raises ValueError: for another kind of noise, or a ``noise_dim`` for Bernoulli noise.
+
+    Source: Li, Turner and Liu (2017); the widths and the length of the noise are assumptions.
+
+    >>> encoder = ImplicitEncoder(latent_dim=32, noise="bernoulli")
+    >>> encoder(torch.zeros(5, 784)).shape, encoder(torch.zeros(5, 784), num_samples=8).shape
+    (torch.Size([5, 32]), torch.Size([8, 5, 32]))
+    """
+
+    def __init__(
+        self,
+        latent_dim: int = 32,
+        noise: str = "gaussian",
+        trunk: nn.Module | None = None,
+        num_features: int = 500,
+        num_hidden: int = 500,
+        noise_dim: int | None = None,
+    ):
+        super().__init__()
+        if noise not in ("gaussian", "bernoulli"):
+            raise ValueError(f"noise must be 'gaussian' or 'bernoulli'; got {noise!r}")
+        if noise == "bernoulli" and noise_dim is not None:
+            raise ValueError(
+                f"Bernoulli noise has one value for each of the {num_features} features; leave out "
+                f"noise_dim={noise_dim}"
+            )
+        self.latent_dim, self.noise = latent_dim, noise
+        self.noise_dim = num_features if noise == "bernoulli" else (noise_dim or latent_dim)
+        self.trunk = conv_trunk(num_features) if trunk is None else trunk
+        num_inputs = num_features + (self.noise_dim if noise == "gaussian" else 0)
+        self.head = nn.Sequential(
+            nn.Linear(num_inputs, num_hidden), nn.ReLU(), nn.Linear(num_hidden, latent_dim)
+        )
+
+    def forward(self, x: Tensor, num_samples: int | None = None) -> Tensor:
+        """Draws of z with their graph. The trunk runs once, however many samples are asked for.
+
+        :param x: observations, ``[B, P]``.
+        :param num_samples: K independent draws for each observation; one draw by default.
+        :return: ``[K, B, D]``, or ``[B, D]`` by default.
+        :raises ValueError: when K is less than 1.
+        """
+        if num_samples is not None and num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1; got {num_samples}")
+        features = self.trunk(x)
+        if num_samples is not None:
+            features = features.expand(num_samples, *features.shape)
+        if self.noise == "bernoulli":
+            return self.head(features * torch.bernoulli(torch.full_like(features, 0.5)))
+        noise = torch.randn_like(features[..., :1].expand(*features.shape[:-1], self.noise_dim))
+        return self.head(torch.cat([features, noise], dim=-1))
