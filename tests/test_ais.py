@@ -16,7 +16,6 @@ from amortised import ais as ais_module
 from amortised.ais import (
     ais,
     bdmc,
-    half_life_persistence,
     linear_schedule,
     log_prob_and_grad,
     path_from,
@@ -78,12 +77,6 @@ def test_schedules_increase_from_0_to_1(schedule, num_temperatures):
 def test_schedules_refuse_other_lengths(num_temperatures):
     with pytest.raises(ValueError, match="num_temperatures"):
         sigmoid_schedule(num_temperatures)
-
-
-def test_half_life_persistence_halves_the_variance_of_the_momentum_in_one_half_life():
-    step_size = 0.125
-    persistence = half_life_persistence(step_size, half_life=2.0)
-    assert persistence ** (2 * 2.0 / step_size) == pytest.approx(0.5)
 
 
 # --- evidence ------------------------------------------------------------------------------------
@@ -296,10 +289,13 @@ def test_transitions_leave_each_intermediate_distribution_invariant(
     chains = ais_module._start(density, z.detach())
     if persistence:
         chains = chains._replace(momentum=normal(num_chains, 1, 2, seed=2))
-    rung, generator = ais_module._Rung(1, 0.0, beta, step_size, persistence), seeded(3)
+    settings = ais_module._settings(
+        z.detach(), linear_schedule(1), step_size, num_leapfrog, persistence
+    )
+    rung, generator = ais_module._Rung(1, 0.0, beta, settings.step_sizes[0]), seeded(3)
     acceptance = []
     for _ in range(10):
-        chains, _, rate = ais_module._transition(density, chains, rung, num_leapfrog, generator)
+        chains, _, rate = ais_module._transition(density, chains, rung, settings, generator)
         acceptance.append(rate)
     assert torch.stack(acceptance).mean() < 0.98  # the Metropolis test has work to do
 
@@ -509,16 +505,6 @@ def test_the_step_size_of_a_temperature_and_an_image_moves_that_image_at_that_te
         )  # fmt: skip
         moved = result.mean_log_likelihood.diff(dim=0).abs() > 1e-6
         assert moved.nonzero().tolist() == [[temperature, 1]]
-
-
-def test_a_tensor_of_persistences_equals_the_number():
-    _, _, _, densities = linear_gaussian(2, 3, 0.5, num_images=3)
-    settings = {"num_leapfrog": 1, "step_size": 0.3, "schedule": sigmoid_schedule(10)}
-    number, tensor = (
-        ais(*densities, z0=normal(4, 3, 2), persistence=a, generator=seeded(0), **settings)
-        for a in (0.75, torch.full((10, 1, 3, 1), 0.75))
-    )
-    torch.testing.assert_close(number.log_weights, tensor.log_weights)
 
 
 @pytest.mark.parametrize(("method", "target"), [(HMC, 0.65), (HAIS, 0.9)], ids=["hmc", "hais"])

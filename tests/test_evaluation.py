@@ -20,18 +20,18 @@ from amortised.encoders import GaussianEncoder
 from amortised.evaluation import (
     BLOCK_SIZE,
     bdmc_ll,
-    eager_route,
     fit_gaussian_proposal,
     hais_ll,
     importance_sampling_ll,
     load_module,
     main,
 )
+from amortised.fast import log_likelihood_and_grad
 from amortised.models import ConvBernoulli, LinearGaussian
-from amortised.numerics import value_and_grad
 from amortised.objectives import elbo
 from amortised.training import CheckpointLockedError, checkpoint_lock
 
+WHOLE = {"chunk_size": 10**6}  # small models gain nothing from chunks that fit a cache
 FAST = {"num_chains": 3, "pilot_chains": 2, "num_temperatures": 4, "num_leapfrog": 1}
 
 
@@ -43,6 +43,7 @@ def linear_gaussian(latent_dim=2, observation_dim=3, noise_scale=0.7, num_images
     """A model in float64 and observations drawn from it."""
     generator = seeded(0)
     weight = torch.randn(observation_dim, latent_dim, generator=generator).double()
+    weight[:, 1:] += 0.2 * weight[:, :1]  # so that the latents are correlated a posteriori
     model = LinearGaussian(weight, torch.zeros(observation_dim).double(), noise_scale)
     z = torch.randn(num_images, latent_dim, generator=generator).double()
     noise = torch.randn(num_images, observation_dim, generator=generator)
@@ -150,6 +151,7 @@ def test_annealing_finds_the_evidence(method, start):
         model,
         x,
         num_temperatures=100,
+        **WHOLE,
         start=None if start is None else start(model),
         **method,
     )
@@ -164,7 +166,7 @@ def test_the_pilot_is_another_run_than_the_one_reported():
     starts = []
 
     def route(x):
-        evaluate = eager_route(model)(x)
+        evaluate = log_likelihood_and_grad(model, x, "eager")
         fresh = []  # nothing evaluated yet by this route
 
         def value_and_grad_fn(z):
@@ -183,13 +185,13 @@ def test_the_pilot_is_another_run_than_the_one_reported():
 
 def test_bidirectional_bounds_hold_the_evidence_between_them():
     model, _ = linear_gaussian(latent_dim=3, observation_dim=4)
-    bounds = bdmc_ll(model, 230, num_chains=4, num_temperatures=20, num_leapfrog=2)
+    bounds = bdmc_ll(model, 230, num_chains=4, num_temperatures=20, num_leapfrog=2, **WHOLE)
     truth = model.log_evidence(bounds.x.double())
     assert bounds.lower.shape == bounds.upper.shape == bounds.ess.shape == (230,)
     for error in (truth - bounds.lower, bounds.upper - truth):
         assert error.mean() > -3 * error.std() / math.sqrt(230)
     assert bounds.gap.mean > 3 * bounds.gap.se
-    tighter = bdmc_ll(model, 230, num_chains=4, num_temperatures=100, num_leapfrog=2)
+    tighter = bdmc_ll(model, 230, num_chains=4, num_temperatures=80, num_leapfrog=2, **WHOLE)
     assert torch.equal(tighter.x, bounds.x)  # the same pairs, whatever the other settings
     assert tighter.gap.mean < bounds.gap.mean - 3 * math.hypot(tighter.gap.se, bounds.gap.se)
 
@@ -197,7 +199,7 @@ def test_bidirectional_bounds_hold_the_evidence_between_them():
 def test_paired_differences_between_two_models_on_the_same_images():
     model, x = linear_gaussian(num_images=30)
     other = LinearGaussian(model.weight, model.bias + 0.3, 0.7)
-    first, second = (hais_ll(m, x, num_temperatures=50) for m in (model, other))
+    first, second = (hais_ll(m, x, num_temperatures=50, **WHOLE) for m in (model, other))
     found = results.paired_difference(first.log_likelihood, second.log_likelihood)
     truth = results.paired_difference(model.log_evidence(x), other.log_evidence(x))
     noise = torch.cat([first.monte_carlo_se, second.monte_carlo_se]).square().sum().sqrt() / 30
@@ -215,7 +217,7 @@ def test_the_fitted_proposal_is_the_best_of_its_family():
             torch.manual_seed(0)
             encoder = GaussianEncoder(2, trunk=nn.Identity(), num_features=3).double()
         fit_gaussian_proposal(
-            model, x, epochs=120, batch_size=100, learning_rate=0.05, encoder=encoder,
+            model, x, epochs=300, batch_size=300, learning_rate=0.05, encoder=encoder,
             dynamic_binarisation=False,
         )  # fmt: skip
         runs.append(encoder)
@@ -230,7 +232,7 @@ def test_the_fitted_proposal_is_the_best_of_its_family():
             for q in (runs[0](x), mean_field(model)(x))
         )
     assert (found >= best).all() and best.mean() > 0.01
-    assert (found - best).mean() < 1e-3
+    assert (found - best).mean() < 0.1 * best.mean()  # a tenth of what the family itself loses
 
 
 def test_the_default_proposal_reads_grey_images_and_learns():
@@ -264,29 +266,33 @@ def conv_model():
     return model, x
 
 
-@pytest.mark.parametrize("max_chains", [1, 101, 250])
-def test_the_memory_limit_changes_no_number(max_chains):
+@pytest.mark.parametrize("route", ["eager", "rewritten"])
+@pytest.mark.parametrize("chunk_size", [16, 101, 250])
+def test_the_memory_limit_changes_no_number(chunk_size, route):
     model, x = conv_model()
-    whole = hais_ll(model, x, **FAST)
-    pieces = hais_ll(model, x, max_chains=max_chains, **FAST)
+    whole = hais_ll(model, x, route=route, chunk_size=300, **FAST)
+    pieces = hais_ll(model, x, route=route, chunk_size=chunk_size, **FAST)
     assert torch.equal(whole.log_likelihood, pieces.log_likelihood)
     assert torch.equal(whole.acceptance_rate, pieces.acceptance_rate)
 
 
-def test_the_memory_limit_bounds_what_is_evaluated_at_once():
-    model, x = linear_gaussian(num_images=10)
-    rows, log_likelihood = [], model.log_likelihood
-
-    def counted(x, z):
-        rows.append(z.shape[:-1].numel())
-        return log_likelihood(x, z)
-
-    model.log_likelihood = counted
-    z = torch.randn(23, 10, 2, generator=seeded(0)).double()
-    value, grad = eager_route(model, max_chains=59)(x)(z)
-    assert rows == [50, 50, 50, 50, 30]
-    expected = value_and_grad(lambda z: log_likelihood(x, z), z)
-    torch.testing.assert_close((value, grad), expected, atol=1e-12, rtol=0)
+def test_routes_and_precisions_estimate_one_quantity():
+    """The same random numbers; forces in bfloat16 bend the paths, not what they estimate."""
+    model, x = conv_model()
+    x, settings = x[:6], {"num_chains": 10, "num_temperatures": 12, "num_leapfrog": 2}
+    exact = hais_ll(model, x, route="eager", **settings)
+    for other in (
+        hais_ll(model, x, route="rewritten", **settings),
+        hais_ll(
+            model,
+            x,
+            route=lambda x: log_likelihood_and_grad(model, x, "eager"),
+            **settings,
+        ),
+        hais_ll(model, x, route="rewritten", dtype=torch.bfloat16, **settings),
+    ):
+        noise = torch.hypot(exact.monte_carlo_se, other.monte_carlo_se) + 1e-3
+        assert ((other.log_likelihood - exact.log_likelihood).abs() < 4 * noise).all()
 
 
 def test_a_block_repeats_alone_and_differs_from_others():
@@ -378,7 +384,8 @@ def test_other_estimators_resume_too(tmp_path):
         ({"seed": 1}, "seed: 0 in the file, 1 now"),
         ({"num_temperatures": 5}, "schedule: "),
         ({"schedule_fn": linear_schedule}, "schedule: "),
-        ({"config": {"route": "dense"}}, "config.route: absent in the file, dense now"),
+        ({"config": {"note": "b"}}, "config.note: absent in the file, b now"),
+        ({"route": "eager"}, "route: auto in the file, eager now"),
         ({"start": "mean field"}, "start: None in the file, mean_field"),
     ],
 )
@@ -440,7 +447,7 @@ def test_observations_must_fit_the_model():
         hais_ll(model, x.to("meta"))
 
 
-@pytest.mark.parametrize("name", ["num_chains", "num_temperatures", "num_leapfrog", "max_chains"])
+@pytest.mark.parametrize("name", ["num_chains", "num_temperatures", "num_leapfrog", "pilot_chains"])
 def test_counts_must_be_positive_integers(name):
     model, x = linear_gaussian()
     for bad in (0, 2.0, True):
@@ -600,7 +607,7 @@ def test_an_evaluation_killed_outright_goes_on_and_ends_with_the_same_numbers(we
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start(output):
-        arguments = command(weights, output, "--num-temperatures=12", images=300)
+        arguments = command(weights, output, "--num-temperatures=8", images=200)
         return subprocess.Popen(
             [sys.executable, "-m", "amortised.evaluation", *arguments],
             env=environment,
@@ -618,7 +625,7 @@ def test_an_evaluation_killed_outright_goes_on_and_ends_with_the_same_numbers(we
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not killed.exists()
     kept = len(evaluation.read_checkpoint(partial)["values"]["log_likelihood"])
-    assert kept in (100, 200)
+    assert kept == 100
 
     resumed = start(killed)
     for process in (resumed, other):

@@ -45,7 +45,6 @@ __all__ = [
     "BDMCResult",
     "ais",
     "bdmc",
-    "half_life_persistence",
     "linear_schedule",
     "log_prob_and_grad",
     "path_from",
@@ -157,27 +156,6 @@ def linear_schedule(num_temperatures: int) -> Tensor:
     return torch.arange(num_temperatures + 1, dtype=torch.float64) / num_temperatures
 
 
-def half_life_persistence(step_size: float | Tensor, half_life: float = 1.0) -> float | Tensor:
-    r"""Persistence under which momentum decays at one rate per unit of time, whatever the step.
-
-    .. math:: a = 2^{-\epsilon / (2 h)}
-
-    After a time h, hence :math:`h / \epsilon` steps, half of the momentum's variance is new.
-
-    :param step_size: leapfrog step :math:`\epsilon`, a number or a tensor.
-    :param half_life: h, in units of the step.
-    :return: a, like ``step_size``; an argument for :func:`ais`.
-
-    Source: Sohl-Dickstein and Culpepper (2012), section 2.3, where h = 1.
-
-    >>> round(half_life_persistence(0.1), 4)
-    0.9659
-    """
-    if not half_life > 0:
-        raise ValueError(f"half_life must be positive; got {half_life}")
-    return 2.0 ** (-step_size / (2.0 * half_life))
-
-
 # --- paths ---------------------------------------------------------------------------------------
 
 
@@ -275,7 +253,7 @@ def ais(
     *,
     step_size: float | Tensor,
     num_leapfrog: int,
-    persistence: float | Tensor = 0.0,
+    persistence: float = 0.0,
     generator: torch.Generator | None = None,
     likelihood_value_and_grad: ValueAndGrad | None = None,
     prior_value_and_grad: ValueAndGrad | None = None,
@@ -311,8 +289,8 @@ def ais(
         ``[T, 1, B, 1]``, entry t - 1 for the transition at :math:`b_t`. It must not depend on this
         run's chains (see :func:`tune_step_size`).
     :param num_leapfrog: L, at least 1.
-    :param persistence: a, in [0, 1); a number or a tensor like ``step_size``. 0 is AIS+HMC;
-        close to 1 with L = 1 is HAIS.
+    :param persistence: a, in [0, 1). 0 is AIS+HMC; close to 1 with L = 1 is HAIS, whose authors
+        use :math:`a = 2^{-\epsilon / 2}`.
     :param generator: source of all randomness; the global stream when None.
     :param likelihood_value_and_grad: a faster route to :math:`\log p(x \mid z)` and its gradient,
         ``[K, B, D] -> ([K, B], [K, B, D])``; by default ``log_likelihood_fn`` and autograd.
@@ -362,7 +340,7 @@ def reverse_ais(
     *,
     step_size: float | Tensor,
     num_leapfrog: int,
-    persistence: float | Tensor = 0.0,
+    persistence: float = 0.0,
     generator: torch.Generator | None = None,
     likelihood_value_and_grad: ValueAndGrad | None = None,
     prior_value_and_grad: ValueAndGrad | None = None,
@@ -427,7 +405,7 @@ def bdmc(
     *,
     step_size: float | Tensor,
     num_leapfrog: int,
-    persistence: float | Tensor = 0.0,
+    persistence: float = 0.0,
     generator: torch.Generator | None = None,
     likelihood_value_and_grad: ValueAndGrad | None = None,
     prior_value_and_grad: ValueAndGrad | None = None,
@@ -558,10 +536,8 @@ def tune_step_size(
         watch = _NanWatch(chains.point)
         for t, beta in enumerate(settings.betas[1:], start=1):
             steps[t - 1] = step_size
-            rung = _Rung(t, 0.0, beta, step_size, settings.persistence[t - 1])
-            chains, proposal, acceptance = _transition(
-                density, chains, rung, num_leapfrog, generator
-            )
+            rung = _Rung(t, 0.0, beta, step_size)
+            chains, proposal, acceptance = _transition(density, chains, rung, settings, generator)
             watch.look(f"temperature {t} (b = {beta:.4g})", proposal)
             factor = torch.where(acceptance > target_acceptance, factors[0], factors[1])
             step_size = (step_size * factor[None, :, None]).clamp(*bounds)
@@ -604,16 +580,15 @@ class _Rung(NamedTuple):
     increment: float
     beta: float | None
     step_size: Tensor | None
-    persistence: Tensor | float | None
 
 
 class _Settings(NamedTuple):
-    """Checked settings: T + 1 inverse temperatures, T step sizes and T persistences."""
+    """Checked settings, with T + 1 inverse temperatures and T step sizes."""
 
     betas: list[float]
     step_sizes: Tensor
-    persistence: list[float] | Tensor
     num_leapfrog: int
+    persistence: float
 
 
 class _AnnealedDensity:
@@ -662,7 +637,7 @@ def _transition(
     density: _AnnealedDensity,
     chains: _Chains,
     rung: _Rung,
-    num_leapfrog: int,
+    settings: _Settings,
     generator: torch.Generator | None,
     exact_log_likelihood_fn: LogDensity | None = None,
 ) -> tuple[_Chains, _Point, Tensor]:
@@ -674,12 +649,12 @@ def _transition(
     noise = torch.randn(
         point.z.shape, generator=generator, dtype=point.z.dtype, device=point.z.device
     )
-    a = rung.persistence
-    momentum = noise if momentum is None else a * momentum + (1.0 - a * a) ** 0.5 * noise
+    a = settings.persistence
+    momentum = noise if momentum is None else a * momentum + math.sqrt(1.0 - a * a) * noise
 
     density.beta = rung.beta
     start = end = LeapfrogState(point.z, momentum, *point.logdensity_and_grad(rung.beta))
-    for _ in range(num_leapfrog):
+    for _ in range(settings.num_leapfrog):
         end = leapfrog_step(end, density, rung.step_size)
     proposal = density.last
     if exact_log_likelihood_fn is not None:
@@ -694,8 +669,7 @@ def _transition(
             for new, old in zip(proposal, point, strict=True)
         )
     )
-    kept = isinstance(a, Tensor) or a > 0  # the momentum is drawn afresh otherwise
-    momentum = torch.where(per_point, end.momentum, -momentum) if kept else None
+    momentum = torch.where(per_point, end.momentum, -momentum) if a > 0 else None
     return _Chains(chosen, momentum), proposal, info.acceptance_probability.mean(0)
 
 
@@ -733,7 +707,7 @@ def _anneal(
         ess[row] = effective_sample_size(-log_weights if reverse else log_weights)
         if rung.beta is not None:
             chains, proposal, acceptance_rate[row] = _transition(
-                density, chains, rung, settings.num_leapfrog, generator, exact_log_likelihood_fn
+                density, chains, rung, settings, generator, exact_log_likelihood_fn
             )
             watch.look(f"temperature {rung.temperature} (b = {rung.beta:.4g})", proposal)
         if on_temperature is not None:
@@ -758,10 +732,9 @@ def _rungs(settings: _Settings, final_transition: bool, reverse: bool) -> list[_
         at = t - 1 if reverse else t
         increment = betas[t] - betas[t - 1]
         if at == 0 or (at == last and not final_transition):
-            rungs.append(_Rung(at, increment, None, None, None))
+            rungs.append(_Rung(at, increment, None, None))
         else:
-            step_size, persistence = settings.step_sizes[at - 1], settings.persistence[at - 1]
-            rungs.append(_Rung(at, increment, betas[at], step_size, persistence))
+            rungs.append(_Rung(at, increment, betas[at], settings.step_sizes[at - 1]))
     return rungs
 
 
@@ -797,7 +770,7 @@ def _settings(
     schedule: Tensor,
     step_size: float | Tensor,
     num_leapfrog: int,
-    persistence: float | Tensor,
+    persistence: float,
 ) -> _Settings:
     if z0.ndim != 3 or 0 in z0.shape or not z0.is_floating_point():
         raise ValueError(
@@ -814,29 +787,22 @@ def _settings(
             f"{(betas[1:] - betas[:-1]).min().item():.3g}"
         )
     _check_count("num_leapfrog", num_leapfrog)
-    shape = (len(betas) - 1, 1, z0.shape[1], 1)
-    step_sizes = _per_temperature("step_size", step_size, shape, z0)
-    if not (torch.isfinite(step_sizes) & (step_sizes > 0)).all():
-        raise ValueError(f"step_size must be positive and finite; got {step_size}")
-    carried = _per_temperature("persistence", persistence, shape, z0)
-    if not ((carried >= 0) & (carried < 1)).all():
+    if not 0 <= persistence < 1:
         raise ValueError(f"persistence must lie in [0, 1); got {persistence}")
-    if not isinstance(persistence, Tensor):
-        carried = [float(persistence)] * shape[0]
-    return _Settings(betas.tolist(), step_sizes, carried, num_leapfrog)
-
-
-def _per_temperature(name: str, value: float | Tensor, shape: tuple, like: Tensor) -> Tensor:
-    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    shape = (len(betas) - 1, 1, z0.shape[1], 1)
+    step_sizes = torch.as_tensor(step_size, dtype=z0.dtype, device=z0.device)
     try:
-        if value.ndim not in (0, 4):
+        if step_sizes.ndim not in (0, 4):
             raise RuntimeError
-        return value.broadcast_to(shape)
+        step_sizes = step_sizes.broadcast_to(shape)
     except RuntimeError:
         raise ValueError(
-            f"{name} must be a number or broadcast to [T, 1, B, 1] = {shape}; "
-            f"got shape {tuple(value.shape)}"
+            f"step_size must be a number or broadcast to [T, 1, B, 1] = {shape}; "
+            f"got shape {tuple(step_sizes.shape)}"
         ) from None
+    if not (torch.isfinite(step_sizes) & (step_sizes > 0)).all():
+        raise ValueError(f"step_size must be positive and finite; got {step_size}")
+    return _Settings(betas.tolist(), step_sizes, num_leapfrog, persistence)
 
 
 def _check_count(name: str, value: int) -> None:

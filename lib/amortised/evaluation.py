@@ -45,9 +45,10 @@ from .ais import (
     tune_step_size,
 )
 from .encoders import GaussianEncoder
+from .fast import ROUTES, log_likelihood_and_grad
 from .mcmc import ValueAndGrad
 from .models import BernoulliDecoder, LatentVariableModel
-from .numerics import effective_sample_size, log_mean_exp, value_and_grad
+from .numerics import effective_sample_size, log_mean_exp
 from .objectives import elbo
 from .training import (
     checkpoint_lock,
@@ -63,7 +64,6 @@ __all__ = [
     "BDMCEstimate",
     "LikelihoodEstimate",
     "bdmc_ll",
-    "eager_route",
     "fit_gaussian_proposal",
     "hais_ll",
     "importance_sampling_ll",
@@ -238,9 +238,10 @@ def hais_ll(
     target_acceptance: float | None = None,
     pilot_chains: int | None = None,
     seed: int = 0,
-    route: Route | None = None,
-    exact_energies: bool = False,
-    max_chains: int = 2000,
+    route: str | Route = "auto",
+    dtype: torch.dtype | None = None,
+    exact_energies: bool = True,
+    chunk_size: int | None = None,
     checkpoint: str | os.PathLike | None = None,
     config: Mapping[str, object] | None = None,
     progress: bool = False,
@@ -264,14 +265,17 @@ def hais_ll(
     :param pilot_chains: chains of the pilot, at most 20 by default. Their mean acceptance decides
         each adaptation of 2 %, so that more of them change little.
     :param seed: with the number of the block, it determines every draw.
-    :param route: maps ``[B, P]`` to a fast log-likelihood with gradient, as
-        :func:`eager_route` does; that one by default.
-    :param exact_energies: the route is of low precision: see :func:`amortised.ais.ais`.
-    :param max_chains: memory limit of the default route, which evaluates the likelihood of at most
-        this many chains at once (at least one per image of a block).
+    :param route: how to evaluate the log-likelihood and its gradient: a name of
+        :func:`amortised.fast.log_likelihood_and_grad`, or a callable of one's own that maps
+        observations ``[B, P]`` to a callable ``z [K, B, D] -> ([K, B], [K, B, D])``.
+    :param dtype: type in which a named route computes; bfloat16 and float16 are for accelerators.
+    :param exact_energies: with such a ``dtype``, take acceptances and weights from one pass in the
+        model's own type per temperature, so that only the force is of low precision; otherwise
+        the estimate is of a slightly different model.
+    :param chunk_size: memory limit of a named route: chains whose likelihood is evaluated at once.
     :param checkpoint: file to keep finished blocks in; an existing one is gone on from.
-    :param config: plain values that define the run beyond the arguments (the name of the route,
-        say); a checkpoint with other values is refused.
+    :param config: plain values that define the run beyond the arguments; a checkpoint with other
+        values is refused.
     :param progress: show a progress bar.
     :raises ValueError: for bad input, or a checkpoint of another evaluation.
     :raises FloatingPointError: as :func:`amortised.ais.ais`.
@@ -287,13 +291,13 @@ def hais_ll(
     """
     _check_observations(model, x)
     pilot_chains = min(20, num_chains) if pilot_chains is None else pilot_chains
-    _check_counts(num_chains=num_chains, pilot_chains=pilot_chains, max_chains=max_chains)
+    _check_counts(num_chains=num_chains, pilot_chains=pilot_chains)
     schedule = schedule_fn(num_temperatures)
     dynamics = {"num_leapfrog": num_leapfrog, "persistence": persistence}
     pilot = _pilot(pilot_chains, schedule, target_acceptance, seed, **dynamics)
 
     def evaluate(block: int, x: Tensor, advance: Callable) -> dict[str, Tensor]:
-        path, q = _path(model, x, start, route, max_chains)
+        path, q = _path(model, x, start, route, dtype, chunk_size)
         step_size = pilot(path, q, block, x, advance)
         result = ais(
             **path._asdict(),
@@ -301,7 +305,7 @@ def hais_ll(
             schedule=schedule,
             step_size=step_size,
             generator=_generator(seed, "transitions", block, x.device),
-            exact_energies=exact_energies,
+            exact_energies=exact_energies and dtype is not None,
             on_temperature=lambda t: advance(num_chains),
             **dynamics,
         )
@@ -319,7 +323,7 @@ def hais_ll(
             "annealed importance sampling", model, x, config, num_chains=num_chains,
             schedule=_digest(schedule), start=_digest(start),
             target_acceptance=target_acceptance, pilot_chains=pilot_chains, seed=seed,
-            exact_energies=exact_energies, **dynamics,
+            route=_digest(route), dtype=_digest(dtype), exact_energies=exact_energies, **dynamics,
         ),
         checkpoint=checkpoint,
         progress=progress,
@@ -339,9 +343,10 @@ def bdmc_ll(
     target_acceptance: float | None = None,
     pilot_chains: int | None = None,
     seed: int = 0,
-    route: Route | None = None,
-    exact_energies: bool = False,
-    max_chains: int = 2000,
+    route: str | Route = "auto",
+    dtype: torch.dtype | None = None,
+    exact_energies: bool = True,
+    chunk_size: int | None = None,
     checkpoint: str | os.PathLike | None = None,
     config: Mapping[str, object] | None = None,
     progress: bool = False,
@@ -362,8 +367,8 @@ def bdmc_ll(
     section 4.2.
 
     >>> model = models.LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
-    >>> bounds = bdmc_ll(model, 50, num_chains=20, num_temperatures=50)
-    >>> bool(bounds.gap.mean < 0.2), bounds.x.shape
+    >>> bounds = bdmc_ll(model, 50, num_chains=10, num_temperatures=20, num_leapfrog=2)
+    >>> bool(bounds.gap.mean < 0.3), bounds.x.shape
     (True, torch.Size([50, 1]))
     """
     pilot_chains = min(20, num_chains) if pilot_chains is None else pilot_chains
@@ -371,7 +376,6 @@ def bdmc_ll(
         num_images=num_images,
         num_chains=num_chains,
         pilot_chains=pilot_chains,
-        max_chains=max_chains,
     )
     device = next(model.parameters()).device
     pairs = []
@@ -384,7 +388,7 @@ def bdmc_ll(
     pilot = _pilot(pilot_chains, schedule, target_acceptance, seed, **dynamics)
 
     def evaluate(block: int, x: Tensor, advance: Callable) -> dict[str, Tensor]:
-        path, prior = _path(model, x, None, route, max_chains)
+        path, prior = _path(model, x, None, route, dtype, chunk_size)
         step_size = pilot(path, prior, block, x, advance)
         bounds = bdmc(
             **path._asdict(),
@@ -393,7 +397,7 @@ def bdmc_ll(
             schedule=schedule,
             step_size=step_size,
             generator=_generator(seed, "transitions", block, device),
-            exact_energies=exact_energies,
+            exact_energies=exact_energies and dtype is not None,
             on_temperature=lambda t: advance(num_chains),
             **dynamics,
         )
@@ -412,7 +416,8 @@ def bdmc_ll(
         settings=_settings(
             "bidirectional Monte Carlo", model, x, config, num_chains=num_chains,
             schedule=_digest(schedule), target_acceptance=target_acceptance,
-            pilot_chains=pilot_chains, seed=seed, exact_energies=exact_energies, **dynamics,
+            pilot_chains=pilot_chains, seed=seed, route=_digest(route), dtype=_digest(dtype),
+            exact_energies=exact_energies, **dynamics,
         ),
         checkpoint=checkpoint,
         progress=progress,
@@ -492,52 +497,27 @@ def fit_gaussian_proposal(
 # --- paths and streams ---------------------------------------------------------------------------
 
 
-def eager_route(model: LatentVariableModel, max_chains: int = 2000) -> Route:
-    r"""The plain route to the log-likelihood and its gradient: autograd, a piece at a time.
-
-    :param max_chains: chains whose likelihood is evaluated at once, which bounds the memory:
-        :class:`amortised.models.ConvBernoulli` takes about 0.12 MB for each.
-    :return: maps observations ``[B, P]`` to a callable
-        ``z [K, B, D] -> (log-likelihood [K, B], gradient [K, B, D])``.
-
-    >>> model = models.LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
-    >>> route = eager_route(model, max_chains=8)
-    >>> log_likelihood, grad = route(torch.zeros(4, 1))(torch.ones(5, 4, 1))
-    >>> log_likelihood.shape, grad[0, 0]
-    (torch.Size([5, 4]), tensor([-1.]))
-    """
-
-    def bind(x: Tensor) -> ValueAndGrad:
-        def log_likelihood_fn(z: Tensor) -> Tensor:
-            return model.log_likelihood(x, z)
-
-        def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:
-            pieces = z.split(max(1, max_chains // len(x)))
-            parts = [value_and_grad(log_likelihood_fn, piece) for piece in pieces]
-            values, grads = zip(*parts, strict=True)
-            return torch.cat(values), torch.cat(grads)
-
-        return evaluate
-
-    return bind
-
-
 def _path(
-    model: LatentVariableModel, x: Tensor, start: Proposal | None, route: Route | None, limit: int
+    model: LatentVariableModel,
+    x: Tensor,
+    start: Proposal | None,
+    route: str | Route,
+    dtype: torch.dtype | None,
+    chunk_size: int | None,
 ) -> tuple[AnnealedPath, Distribution]:
     """The annealed path of a block and the distribution at its start, of batch shape ``[B]``."""
     prior = model.prior()
-    terms = AnnealedPath(
-        prior.log_prob,
-        lambda z: model.log_likelihood(x, z),
-        log_prob_and_grad(prior),
-        (route or eager_route(model, limit))(x),
-    )
+    if callable(route):
+        likelihood, log_likelihood_fn = route(x), lambda z: model.log_likelihood(x, z)
+    else:
+        likelihood = log_likelihood_and_grad(model, x, route, dtype=dtype, chunk_size=chunk_size)
+        log_likelihood_fn = likelihood.log_likelihood
+    path = AnnealedPath(prior.log_prob, log_likelihood_fn, log_prob_and_grad(prior), likelihood)
     if start is None:
-        return terms, prior.expand((len(x),))
+        return path, prior.expand((len(x),))
     with torch.no_grad():
         q = start(x)
-    return path_from(q, **terms._asdict()), q
+    return path_from(q, **path._asdict()), q
 
 
 def _pilot(
@@ -712,8 +692,10 @@ def _settings(
 
 def _digest(thing: object) -> str | None:
     """A short name for the content of a tensor or a module; the name of anything else."""
-    if thing is None:
-        return None
+    if thing is None or isinstance(thing, str):
+        return thing
+    if isinstance(thing, torch.dtype):
+        return str(thing).removeprefix("torch.")
     if isinstance(thing, Tensor):
         tensors = {"": thing}
     elif isinstance(thing, nn.Module):
@@ -835,7 +817,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--start", choices=("prior", "proposal"), default="prior", help="where to anneal from")
     add("--seed", type=int, default=0, help=" ")
     add("--device", default="cpu", help=" ")
-    add("--max-chains", type=int, default=2000, help="evaluated at once: bounds memory")
+    add("--route", choices=ROUTES, default="auto", help="how the likelihood is evaluated")
+    add("--dtype", choices=("bfloat16", "float16"), help="for the force; energies stay exact")
+    add("--chunk-size", type=int, help="chains evaluated at once: bounds memory")
     return parser
 
 
@@ -856,7 +840,7 @@ def _evaluate_file(options: argparse.Namespace) -> None:
     config = {
         name: value
         for name, value in vars(options).items()
-        if name not in ("weights", "output", "proposal", "max_chains")
+        if name not in ("weights", "output", "proposal", "chunk_size")
     } | {"weights": _digest(model), "proposal": _digest(proposal)}
     if output.exists():
         differences = _differences(json.loads(output.read_bytes()).get("config", {}), config)
@@ -875,9 +859,11 @@ def _evaluate_file(options: argparse.Namespace) -> None:
             "target_acceptance",
             "pilot_chains",
             "seed",
-            "max_chains",
+            "route",
+            "chunk_size",
         )
     } | {"checkpoint": _beside(output, ".ais.partial"), "config": config, "progress": True}
+    annealing["dtype"] = None if options.dtype is None else getattr(torch, options.dtype)
     partial = [annealing["checkpoint"]]
     if options.simulated is not None:
         bounds = bdmc_ll(model, options.simulated, **annealing)
