@@ -3,6 +3,7 @@ r"""Encoders: amortised approximations :math:`q_\phi(z \mid x)` of the posterior
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,43 @@ def conv_trunk(num_features: int = 500, negative_slope: float = 0.0) -> nn.Seque
         nn.Linear(512, num_features),
         rectifier(),
     )
+
+
+class ParallelPerceptrons(nn.Module):
+    r"""Independent small networks, evaluated in one batched product.
+
+    Each is a perceptron with tanh between its layers. They share no parameter, so the gradient of
+    the sum of their losses trains every one of them as if it were alone: several seeds for little
+    more than the time of one. Weights and biases start uniform on
+    :math:`(-1, 1) / \sqrt{\text{inputs of the layer}}`.
+
+    :param num_networks: S.
+    :param sizes: width of the input, of each hidden layer, and of the output.
+    :raises ValueError: when fewer than two sizes are given, or a number is smaller than 1.
+
+    >>> networks = ParallelPerceptrons(3, 1, 16, 2)
+    >>> networks(torch.zeros(3, 5, 1)).shape
+    torch.Size([3, 5, 2])
+    """
+
+    def __init__(self, num_networks: int, *sizes: int):
+        super().__init__()
+        if len(sizes) < 2 or min(num_networks, *sizes) < 1:
+            raise ValueError(
+                "ParallelPerceptrons needs num_networks and at least two sizes, all at least 1; "
+                f"got {num_networks} and {sizes}"
+            )
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for inputs, outputs in pairwise(sizes):
+            for parameters, rows in ((self.weights, inputs), (self.biases, 1)):
+                uniform = 2.0 * torch.rand(num_networks, rows, outputs) - 1.0
+                parameters.append(nn.Parameter(uniform / math.sqrt(inputs)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs of every network at its own batch: ``[S, B, inputs] -> [S, B, outputs]``."""
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x.tanh() if layer else x, weight)
+        return x
 
 
 class GaussianEncoder(nn.Module):
