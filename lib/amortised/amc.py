@@ -342,11 +342,10 @@ def amc_step(
         losses["model"] = descend(-model.log_joint(x, z), optimizers["model"])
 
     for _ in range(num_critic_steps if is_game else 0):
-        samples = (discriminator, x, z_teacher, z_student)
         if rule == "gan":
-            loss = adversarial.discriminator_loss(*samples)
+            loss = adversarial.discriminator_loss(discriminator, x, z_teacher, z_student)
         else:
-            loss = adversarial.critic_loss(*samples, penalty_weight)
+            loss = adversarial.critic_loss(discriminator, x, z_teacher, z_student, penalty_weight)
         losses["discriminator"] = descend(loss, optimizers["discriminator"])
 
     if rule == "gan":
