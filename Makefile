@@ -25,8 +25,9 @@ book: environment ## install, execute the chapters, build the site: whatever has
 
 test: environment ## lint, unit tests, chapters at smoke size, committed outputs, site in a browser
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
-	@$(PYTEST) --ignore tests/test_site.py
-	@$(PYTEST) --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.cfg -o addopts= notebooks
+	@$(PYTEST) --numprocesses auto --ignore tests/test_site.py
+	@$(PYTEST) --numprocesses auto --dist loadscope -o addopts= --nbval-lax --nbval-current-env \
+		--nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
 	@$(SNAKEMAKE) book
 	@$(PYTEST) tests/test_site.py
 
