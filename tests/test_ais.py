@@ -271,7 +271,7 @@ def test_bidirectional_bounds_hold_in_expectation_and_close(method):
         assert bounds.lower.shape == bounds.upper.shape == (400,)
         for error in (truth - bounds.lower, bounds.upper - truth):
             assert error.mean() > -3 * error.std() / 20
-        gap, se = bounds.expected_gap()
+        gap, se = bounds.expected_gap
         torch.testing.assert_close(bounds.gap.mean().item(), gap)
         gaps.append((gap, se))
     for (longer, longer_se), (shorter, shorter_se) in zip(gaps[1:], gaps[:-1], strict=True):

@@ -100,6 +100,7 @@ class BDMCResult(NamedTuple):
         """``upper - lower``, ``[B]``, in nats; noise can make single values negative."""
         return self.upper - self.lower
 
+    @property
     def expected_gap(self) -> tuple[float, float]:
         r"""Mean over images of the gap and its standard error (``nan`` for one image), in nats.
 
@@ -213,7 +214,7 @@ def path_from(
     :param likelihood_value_and_grad: the likelihood with its gradient; by default from autograd.
     :return: arguments for :func:`ais`, :func:`reverse_ais`, :func:`tune_step_size`, :func:`bdmc`.
 
-    Source: the AIS+encoder of Wu, Burda, Salakhutdinov and Grosse (2017), section 3.1.
+    Source: with an encoder, the AIS+encoder of Wu, Burda, Salakhutdinov and Grosse (2017).
 
     >>> from amortised.models import LinearGaussian
     >>> model = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
@@ -371,7 +372,7 @@ def reverse_ais(
 
     Other arguments and errors are those of :func:`ais`.
 
-    Source: Grosse, Ghahramani and Adams (2015), section 3.
+    Source: Grosse, Ghahramani and Adams (2015).
 
     >>> from amortised.models import LinearGaussian
     >>> model = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
@@ -439,7 +440,7 @@ def bdmc(
     ...     torch.randn(20, 50, 1, generator=generator), z, sigmoid_schedule(20),
     ...     step_size=0.5, num_leapfrog=3, generator=generator,
     ... )
-    >>> gap, standard_error = bounds.expected_gap()
+    >>> gap, standard_error = bounds.expected_gap
     >>> bounds.lower.shape, 0 < gap < 0.2
     (torch.Size([50]), True)
     """
