@@ -1,8 +1,7 @@
 """Write the chapters without their solutions: python workflow/coursework.py FOLDER
 
 The solution is the source and the exercise is generated. What stands between a ``solution-start``
-and its ``solution-end`` directive, or in a ``solution`` directive, gives way to an empty code cell;
-a code cell tagged ``self-check`` stays, for the student to run.
+and its ``solution-end`` directive, or in a ``solution`` directive, gives way to an empty code cell.
 """
 
 import re
@@ -34,11 +33,8 @@ def without_solutions(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
     for cell in notebook.cells:
         if cell.cell_type != "markdown":
-            if not inside or "self-check" in cell.metadata.get("tags", []):
+            if not inside:
                 cells.append(cell)
-            continue
-        if not inside and not DIRECTIVE.search(cell.source):
-            cells.append(cell)
             continue
         position = 0
         for directive in DIRECTIVE.finditer(cell.source):
