@@ -8,8 +8,9 @@ INSTALL := no usable Python among '$(PYTHON)': install Python 3.11 or newer with
 
 BIN := .venv/bin
 SNAKEMAKE := $(BIN)/python workflow/locked.py .cache/build.lock \
-	$(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/local
+	$(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/$(PROFILE)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+PROFILE ?= local
 NB ?= $(basename $(notdir $(wildcard notebooks/[0-9]*.py)))
 
 unexport PYTHONPATH PYTHONHOME
