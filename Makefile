@@ -7,10 +7,10 @@ INSTALL := no usable Python among '$(PYTHON)': install Python 3.11 or newer with
 	(Debian and Ubuntu: apt-get install python3-venv) or name one, make PYTHON=/path/to/python3
 
 BIN := .venv/bin
+PROFILE ?= local
 SNAKEMAKE := $(BIN)/python workflow/locked.py .cache/build.lock \
 	$(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/$(PROFILE)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
-PROFILE ?= local
 NB ?= $(basename $(notdir $(wildcard notebooks/[0-9]*.py)))
 
 unexport PYTHONPATH PYTHONHOME
