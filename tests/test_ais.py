@@ -84,14 +84,22 @@ def test_schedules_refuse_other_lengths(num_temperatures):
 
 @METHODS
 @pytest.mark.parametrize(
-    ("latent_dim", "observation_dim", "noise_scale"),
-    [(1, 1, 0.5), (2, 5, 1.0), (8, 12, 0.5), (16, 24, 0.25)],
+    ("latent_dim", "observation_dim", "noise_scale", "num_temperatures"),
+    [(1, 1, 0.5, 200), (2, 5, 1.0, 200), (8, 12, 0.5, 300), (16, 24, 0.4, 400)],
 )
-def test_evidence_of_linear_gaussian(latent_dim, observation_dim, noise_scale, method):
+def test_evidence_of_linear_gaussian(
+    latent_dim, observation_dim, noise_scale, num_temperatures, method
+):
     model, x, _, densities = linear_gaussian(latent_dim, observation_dim, noise_scale, num_images=6)
-    schedule, generator = sigmoid_schedule(200), seeded(1)
-    z0 = normal(100, 6, latent_dim, seed=2)
-    step_size = tune_step_size(*densities, z0[:30], schedule, generator=generator, **method)
+    schedule, generator = sigmoid_schedule(num_temperatures), seeded(1)
+    step_size = tune_step_size(
+        *densities,
+        normal(30, 6, latent_dim, seed=2),
+        schedule,
+        initial_step_size=0.3,
+        generator=generator,
+        **method,
+    )
     result = ais(
         *densities,
         normal(100, 6, latent_dim, seed=3),
@@ -105,6 +113,7 @@ def test_evidence_of_linear_gaussian(latent_dim, observation_dim, noise_scale, m
     # The mean over independent images, and each image with room for the largest of six.
     assert error.mean().abs() < 3 * se.square().sum().sqrt() / 6
     assert (error.abs() < 4.5 * se).all()
+    assert se.max() < 0.35  # else it is no small number, and no Gaussian error
 
 
 def modest_gaussian():
