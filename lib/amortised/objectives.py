@@ -284,7 +284,7 @@ def score_function_surrogate(log_weights: Tensor, log_q: Tensor, baseline: bool 
     :return: ``[B]``, in nats: the mean of ``log_weights``.
     :raises ValueError: when the shapes differ, or K is too small for the baseline.
 
-    Source: Williams (1992); the leave-one-out baseline, Mnih and Rezende (2016).
+    Source: Williams (1992); the leave-one-out baseline, Kool, van Hoof and Welling (2019).
 
     >>> logits = torch.zeros(1, requires_grad=True)
     >>> log_q = torch.stack([logits, -logits]).sigmoid().log()  # draws c = 1 and c = 0
