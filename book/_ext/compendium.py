@@ -1,15 +1,21 @@
-"""What the book needs of Sphinx beyond settings: citations, safe mathematics, alt texts, launch buttons."""
+"""What the book needs of Sphinx beyond settings: citations, mathematics, alt texts, buttons."""
 
 from __future__ import annotations
 
-import dataclasses
+import importlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import sphinxcontrib.bibtex.plugin
 from docutils import nodes
+from docutils.statemachine import StringList
 from pybtex.plugin import register_plugin
 from pybtex.style.formatting.plain import Style as PlainStyle
 from pybtex.style.labels import BaseLabelStyle
+from sphinx.errors import ExtensionError
 from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
 from sphinxcontrib.bibtex.style.referencing import BracketStyle
 from sphinxcontrib.bibtex.style.referencing.author_year import AuthorYearReferenceStyle
 from sphinxcontrib.katex import html_visit_displaymath
@@ -17,19 +23,22 @@ from sphinxcontrib.katex import html_visit_displaymath
 logger = logging.getLogger(__name__)
 
 
-def _round() -> BracketStyle:
-    return dataclasses.field(default_factory=lambda: BracketStyle(left="(", right=")", sep="; "))
+# --- Citations -----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
+def round_brackets() -> BracketStyle:
+    return BracketStyle(left="(", right=")", sep="; ")
+
+
+@dataclass
 class RoundAuthorYear(AuthorYearReferenceStyle):
     """Neal (2001) in running text, (Neal, 2001; Burda et al., 2016) in parentheses."""
 
-    bracket_parenthetical: BracketStyle = _round()
-    bracket_textual: BracketStyle = _round()
-    bracket_author: BracketStyle = _round()
-    bracket_label: BracketStyle = _round()
-    bracket_year: BracketStyle = _round()
+    bracket_parenthetical: BracketStyle = field(default_factory=round_brackets)
+    bracket_textual: BracketStyle = field(default_factory=round_brackets)
+    bracket_author: BracketStyle = field(default_factory=round_brackets)
+    bracket_label: BracketStyle = field(default_factory=round_brackets)
+    bracket_year: BracketStyle = field(default_factory=round_brackets)
 
 
 class KeyLabels(BaseLabelStyle):
@@ -44,10 +53,31 @@ class AuthorYearList(PlainStyle):
     default_label_style = KeyLabels
 
 
+# --- Pages ---------------------------------------------------------------------------------------
+
+
+def require_chapters(app) -> None:
+    """Stop with one line when the chapters that the site renders have not been executed."""
+    source = Path(app.srcdir)
+    listed = re.findall(r"^\s*- file: (chapters/\S+)", (source / "_toc.yml").read_text(), re.M)
+    needed = [f"{name}.ipynb" for name in listed] + ["chapters/execution.md"]
+    missing = [name for name in needed if not (source / name).is_file()]
+    if missing:
+        raise ExtensionError(
+            f"{', '.join(missing)} not found in {source}: execute the chapters first (make book)"
+        )
+
+
 def display_math(self, node: nodes.math_block) -> None:
-    """sphinxcontrib.katex with ``<`` and ``&`` escaped, which it does for inline mathematics only."""
+    r"""Display mathematics as elsewhere in Sphinx: several lines are aligned at ``&``.
+
+    sphinxcontrib.katex leaves ``\\`` outside an environment, and ``<`` and ``&``, as they are.
+    """
+    text = node.astext()
+    if r"\\" in text and r"\begin{" not in text:
+        text = rf"\begin{{aligned}}{text}\end{{aligned}}"
     escaped = node.deepcopy()
-    escaped.children = [nodes.Text(self.encode(node.astext()))]
+    escaped.children = [nodes.Text(self.encode(text))]
     html_visit_displaymath(self, escaped)
 
 
@@ -55,8 +85,8 @@ def require_alt_text(app, doctree) -> None:
     """A picture without a description is an error (the build runs with -W)."""
     for image in doctree.findall(nodes.image):
         if "alt" not in image:
-            figure = image.next_node(nodes.caption, ascend=True, siblings=True)
-            named = f" in the figure {figure.astext()!r}" if figure else ""
+            caption = image.next_node(nodes.caption, ascend=True, siblings=True)
+            named = f" in the figure {caption.astext()!r}" if caption else ""
             logger.warning(
                 f"image without alt text{named}; say what it shows in the cell's "
                 'mystnb={"image": {"alt": "..."}} or in ![...](...)',
@@ -73,7 +103,7 @@ def drop_repeated_ids(app, doctree, docname) -> None:
 
 
 def link_to_notebooks(app, pagename, templatename, context, doctree) -> None:
-    """Point the repository's buttons of a chapter at ``notebooks/``, the folder that is committed."""
+    """Lead the buttons of a chapter to ``notebooks/``, where the repository has it."""
 
     def relocate(button: dict) -> dict:
         button = dict(button)
@@ -91,6 +121,43 @@ def link_to_notebooks(app, pagename, templatename, context, doctree) -> None:
         context["header_buttons"] = [relocate(button) for button in context["header_buttons"]]
 
 
+# --- The library's pages -------------------------------------------------------------------------
+
+
+class LibraryModules(SphinxDirective):
+    """The modules below the current page in _toc.yml, each with the first line of its docstring."""
+
+    def run(self):
+        children = self.env.external_site_map[self.env.docname].child_files()
+        lines = []
+        for docname in map(str, children):
+            module = importlib.import_module(f"amortised.{docname.rpartition('/')[2]}")
+            summary = module.__doc__.strip().splitlines()[0]
+            lines += [f":doc:`/{docname}`", f"    {summary}", ""]
+        text = StringList(["```{eval-rst}", *lines, "```"], source=self.env.docname)
+        container = nodes.container(classes=["library-modules"])
+        self.state.nested_parse(text, self.content_offset, container)
+        return [container]
+
+
+def skip_generated_docs(app, what, name, obj, skip, options):
+    """Fields of a NamedTuple document themselves as "Alias for field number 0": leave them out."""
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field") else None
+
+
+def keep_single_letters(app, what, name, obj, options, lines) -> None:
+    """``:param num_samples: K.`` is a sentence, not the start of a list numbered by letters."""
+    for number, line in enumerate(lines):
+        lines[number] = re.sub(r"^(\s*:\w[^:]*:\s+)([A-Za-z]\.\s*)$", r"\1\\\2", line)
+
+
+def drop_return_types(app, doctree) -> None:
+    """The text of Returns says the shape; a second field that says "Tensor" only adds length."""
+    for entry in list(doctree.findall(nodes.field)):
+        if entry.children[0].astext() == "Return type":
+            entry.parent.remove(entry)
+
+
 def setup(app):
     sphinxcontrib.bibtex.plugin.register_plugin(
         "sphinxcontrib.bibtex.style.referencing", "author_year_round", RoundAuthorYear
@@ -98,7 +165,12 @@ def setup(app):
     register_plugin("pybtex.style.formatting", "author_year_list", AuthorYearList)
     app.setup_extension("sphinxcontrib.katex")
     app.registry.html_block_math_renderers["katex"] = (display_math, None)
+    app.add_directive("library-modules", LibraryModules)
+    app.connect("builder-inited", require_chapters)
+    app.connect("autodoc-skip-member", skip_generated_docs)
+    app.connect("autodoc-process-docstring", keep_single_letters)
     app.connect("doctree-read", require_alt_text)
+    app.connect("doctree-read", drop_return_types)
     app.connect("doctree-resolved", drop_repeated_ids)
     app.connect("html-page-context", link_to_notebooks, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

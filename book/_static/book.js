@@ -2,7 +2,7 @@
 
 // Boxes that scroll sideways can be reached with the keyboard.
 function makeScrollableFocusable() {
-  const boxes = "div.math, div.cell_output .output, .pst-scrollable-table-container, pre";
+  const boxes = ".katex-display, div.cell_output .output, .pst-scrollable-table-container, pre";
   for (const box of document.querySelectorAll(boxes)) {
     if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
   }

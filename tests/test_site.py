@@ -1,0 +1,296 @@
+"""The built site in a real browser: what a reader sees, on a desk and on a phone, light and dark.
+
+The site is served from book/_build/html on a free port of this machine; `make site` builds it.
+Every page is opened once and looked at in light, in dark and at the width of a phone. What is seen
+is recorded, and each test looks at one side of the record.
+"""
+
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import threading
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin, urlparse
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE = Path(os.environ.get("AMORTISED_SITE", ROOT / "book" / "_build" / "html"))
+BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+
+# What is read from a page after it has settled.
+LOOK = r"""
+() => {
+  const article = document.querySelector("article") || document.body;
+  const seen = (node) => !node.closest("pre, code, script, style, textarea, .katex");
+  const walker = document.createTreeWalker(article, NodeFilter.SHOW_TEXT);
+  let text = "";
+  while (walker.nextNode()) {
+    if (seen(walker.currentNode.parentElement)) text += walker.currentNode.data + "\n";
+  }
+  return {
+    text,
+    formulas: [...article.querySelectorAll(".math")].map((box) => ({
+      source: box.textContent.slice(0, 60),
+      rendered: box.querySelectorAll(".katex").length,
+      mathmlWidth: Math.max(
+        0, ...[...box.querySelectorAll(".katex-mathml")].map((m) => m.getBoundingClientRect().width)
+      ),
+    })),
+    broken: article.querySelectorAll(".katex-error").length,
+    images: [...article.querySelectorAll("img")].map((image) => ({
+      source: image.getAttribute("src"),
+      alt: image.getAttribute("alt"),
+      loaded: image.complete && image.naturalWidth > 0,
+      filter: getComputedStyle(image).filter,
+      background: getComputedStyle(image).backgroundColor,
+    })),
+  };
+}
+"""
+
+
+def pages():
+    return sorted(str(path.relative_to(SITE)) for path in SITE.rglob("*.html"))
+
+
+class Page(HTMLParser):
+    """The links, anchors and words of a page, without a browser."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.links, self.anchors, self.text, self._article = set(), set(), [], False
+        self.feed((SITE / name).read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.anchors |= {attributes[key] for key in ("id", "name") if attributes.get(key)}
+        if tag == "a" and attributes.get("href"):
+            self.links.add(attributes["href"])
+        self._article = self._article or tag == "article"
+
+    def handle_endtag(self, tag):
+        self._article = self._article and tag != "article"
+
+    def handle_data(self, data):
+        if self._article:
+            self.text.append(data)
+
+    @property
+    def words(self):
+        return Counter(re.findall(r"[a-z]+", " ".join(self.text).lower()))
+
+
+@pytest.fixture(scope="module")
+def site():
+    if not (SITE / "index.html").is_file():
+        pytest.fail(f"there is no site in {SITE}: build it with `make site`", pytrace=False)
+    return {name: Page(name) for name in pages()}
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(SITE))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"no Chromium on PATH (looked for {', '.join(BROWSERS)})")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def visits(browser, address, site):
+    """Each page on a desk, in light and dark, and on a phone; what the browser had to say."""
+    record = {}
+    context = browser.new_context(viewport=DESK)
+    for name in site:
+        page, trouble, abroad = context.new_page(), [], []
+        page.on("console", lambda m, t=trouble: m.type == "error" and t.append(m.text))
+        page.on("pageerror", lambda error, t=trouble: t.append(str(error)))
+        page.on("requestfailed", lambda r, t=trouble: t.append(f"failed: {r.url}"))
+        page.on("response", lambda r, t=trouble: r.status >= 400 and t.append(r.url))
+        page.on(
+            "request", lambda r, a=abroad: r.url.startswith((address, "data:")) or a.append(r.url)
+        )
+        for mode, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):
+            page.emulate_media(color_scheme=mode)
+            if mode == "light":
+                page.goto(address + name, wait_until="networkidle")
+            page.wait_for_function(f"document.documentElement.dataset.theme == '{mode}'")
+            found = page.evaluate(LOOK)
+            found["axe"] = Axe().run(page, options=rules).response["violations"]
+            record[name, mode] = found
+        page.set_viewport_size(PHONE)
+        width = page.evaluate("document.documentElement.scrollWidth")
+        record[name, "light"].update(trouble=trouble, abroad=abroad, width=width)
+        page.close()
+    context.close()
+    return record
+
+
+def complaints(visits, complain):
+    """One line for each thing that ``complain`` says about a visit."""
+    lines = [
+        f"{name} ({mode}): {line}" for (name, mode), v in visits.items() for line in complain(v)
+    ]
+    return "\n".join(lines)
+
+
+def test_pages_load_without_errors(visits):
+    assert not complaints(visits, lambda v: v.get("trouble", []))
+
+
+def test_no_request_leaves_the_machine(visits):
+    assert not complaints(visits, lambda v: v.get("abroad", []))
+
+
+def test_no_sideways_scrolling_on_a_phone(visits):
+    assert not complaints(visits, lambda v: [w for w in [v.get("width", 0)] if w > PHONE["width"]])
+
+
+def test_mathematics_is_rendered_once(visits):
+    def complain(visit):
+        for formula in visit["formulas"]:
+            if formula["rendered"] != 1:
+                yield f"rendered {formula['rendered']} times: {formula['source']!r}"
+            elif formula["mathmlWidth"] > 2:  # shown twice when the style sheet is missing
+                yield f"its MathML shows beside it: {formula['source']!r}"
+        if visit["broken"]:
+            yield f"{visit['broken']} formulas in error"
+        for raw in re.findall(r"\$[^$\n]{1,60}\$?|\\[(\[].{1,60}", visit["text"]):
+            yield f"raw mathematics {raw!r}"
+
+    assert not complaints(visits, complain)
+    assert any(visit["formulas"] for visit in visits.values())
+
+
+def test_images_load_and_say_what_they_show(visits):
+    def complain(visit):
+        for image in visit["images"]:
+            if not image["loaded"]:
+                yield f"{image['source']} does not load"
+            if not image["alt"] or "_images/" in image["alt"]:
+                yield f"{image['source']} has no alt text"
+
+    assert not complaints(visits, complain)
+
+
+def test_figures_are_not_tinted_or_boxed(visits):
+    """A figure is transparent with colours for both modes; the theme must not filter it."""
+
+    def complain(visit):
+        for image in visit["images"]:
+            if (image["filter"], image["background"]) != ("none", "rgba(0, 0, 0, 0)"):
+                yield f"{image['source']}: {image['filter']}, {image['background']}"
+
+    assert not complaints(visits, complain)
+
+
+def test_accessibility(visits):
+    def complain(visit):
+        for violation in visit["axe"]:
+            if violation["impact"] in ("serious", "critical"):
+                places = ", ".join(str(node["target"][0]) for node in violation["nodes"][:4])
+                yield f"{violation['id']}: {violation['help']} ({places})"
+
+    assert not complaints(visits, complain)
+
+
+def test_links_lead_somewhere(site):
+    dead = []
+    for name, page in site.items():
+        for link in page.links:
+            target, anchor = urldefrag(urljoin(f"/{name}", unquote(link)))
+            if urlparse(target).scheme:
+                continue
+            target = target.lstrip("/") or "index.html"
+            if not (SITE / target).is_file():
+                dead.append(f"{name} -> {link}")
+            elif anchor and target in site and anchor not in site[target].anchors:
+                dead.append(f"{name} -> {link} (no such anchor)")
+    assert not dead, "\n".join(sorted(dead))
+
+
+def test_every_module_has_its_page(site):
+    modules = {path.stem for path in (ROOT / "lib" / "amortised").glob("[a-z]*.py")}
+    described = {Path(name).stem for name in site if name.startswith("api/")}
+    assert modules == described, (
+        "book/api/ and book/_toc.yml list other modules than lib/amortised/"
+    )
+
+
+def test_every_chapter_is_in_the_book_and_can_be_downloaded(site):
+    chapters = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    assert chapters, "there is no chapter in notebooks/"
+    for chapter in chapters:
+        page = site.get(f"chapters/{chapter}.html")
+        assert page, f"book/_toc.yml does not list chapters/{chapter}"
+        assert f"../_sources/chapters/{chapter}.ipynb" in page.links
+        notebook = json.loads((SITE / "_sources" / "chapters" / f"{chapter}.ipynb").read_text())
+        assert any(cell.get("outputs") for cell in notebook["cells"])
+
+
+def word_of(chapter, site):
+    """The longest word that a chapter holds twice and no other page begins a word like."""
+    elsewhere = {w[:5] for name, page in site.items() if name != chapter for w in page.words}
+    own = [w for w, count in site[chapter].words.items() if count > 1 and w[:5] not in elsewhere]
+    return max((word for word in own if len(word) > 5), key=lambda word: (len(word), word))
+
+
+def test_search_finds_a_word_of_chapter_1(browser, address, site):
+    chapter = next(name for name in site if name.startswith("chapters/01"))
+    word = word_of(chapter, site)
+    page = browser.new_page()
+    page.goto(f"{address}search.html?q={word}")
+    result = page.locator("#search-results li a").first
+    result.wait_for(timeout=10_000)
+    assert chapter in result.get_attribute("href"), f"searched for {word!r}"
+    page.close()
+
+
+def test_printing_opens_what_is_folded(browser, address, site):
+    chapter = next(name for name in site if name.startswith("chapters/01"))
+    page = browser.new_page(viewport=DESK)
+    page.goto(address + chapter, wait_until="networkidle")
+    folded = "details:not([open]), .toggle-hidden"
+    assert page.locator(folded).count(), "nothing is folded on the screen"
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    hidden = page.evaluate(
+        """() => [...document.querySelectorAll("details .cell_input, .solution > *")]
+             .filter((box) => !box.getClientRects().length || !box.getBoundingClientRect().height)
+             .map((box) => box.textContent.slice(0, 60))"""
+    )
+    assert not hidden, hidden
+    page.close()
