@@ -52,6 +52,8 @@ def read_chapter(path: Path) -> nbformat.NotebookNode:
     """The notebook that the py:percent file describes, with the metadata that jupytext keeps."""
     notebook = jupytext.read(path, config=jupytext.config.load_jupytext_config(str(path)))
     notebook.metadata.pop("jupytext", None)
+    for cell in notebook.cells:  # blank lines of the .py, which mean nothing in the pair
+        cell.metadata.pop("lines_to_next_cell", None)
     return notebook
 
 
