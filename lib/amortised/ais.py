@@ -477,7 +477,7 @@ def tune_step_size(
     persistence: float = 0.0,
     target_acceptance: float | None = None,
     initial_step_size: float = 0.1,
-    factors: tuple[float, float] = (1.02, 0.98),
+    factors: tuple[float, float] | None = None,
     bounds: tuple[float, float] = (1e-3, 1.0),
     generator: torch.Generator | None = None,
     likelihood_value_and_grad: ValueAndGrad | None = None,
@@ -497,7 +497,9 @@ def tune_step_size(
     :param target_acceptance: by default 0.65 for fresh momentum and 0.9 for carried momentum,
         where a rejection turns the chain round and undoes what the persistence bought.
     :param initial_step_size: step at the first temperature.
-    :param factors: growth and decay of the step, above and below 1.
+    :param factors: growth and decay of the step, above and below 1. By default (1.02, 0.98) for
+        1000 temperatures and more, and :math:`1 \pm 20 / T` for fewer, at most :math:`1 \pm 0.1`,
+        so that a short pilot can travel as far.
     :param bounds: smallest and largest step.
     :return: ``[T, 1, B, 1]``, of the type of ``z0``: the step used at each temperature.
 
@@ -518,6 +520,11 @@ def tune_step_size(
         target_acceptance = 0.9 if persistence > 0 else 0.65
     if not 0 < target_acceptance < 1:
         raise ValueError(f"target_acceptance must lie in (0, 1); got {target_acceptance}")
+    settings = _settings(z0, schedule, initial_step_size, num_leapfrog, persistence)
+    num_temperatures = len(settings.betas) - 1
+    if factors is None:
+        rate = min(max(20 / num_temperatures, 0.02), 0.1)
+        factors = (1.0 + rate, 1.0 - rate)
     if not factors[1] < 1 < factors[0] or not factors[1] > 0:
         raise ValueError(f"factors must be (above 1, between 0 and 1); got {factors}")
     if not 0 < bounds[0] <= initial_step_size <= bounds[1]:
@@ -525,11 +532,10 @@ def tune_step_size(
             "bounds must be positive and hold initial_step_size; "
             f"got {bounds} and {initial_step_size}"
         )
-    settings = _settings(z0, schedule, initial_step_size, num_leapfrog, persistence)
     density = _density(
         log_prior_fn, log_likelihood_fn, prior_value_and_grad, likelihood_value_and_grad
     )
-    steps = z0.new_empty(len(settings.betas) - 1, 1, z0.shape[1], 1)
+    steps = z0.new_empty(num_temperatures, 1, z0.shape[1], 1)
     step_size = z0.new_full((1, z0.shape[1], 1), initial_step_size)
 
     with torch.no_grad():
