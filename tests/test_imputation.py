@@ -216,6 +216,25 @@ def test_the_reference_has_the_exact_conditional_of_a_linear_model():
     assert reference.z.shape == (6000, 2, 2)
 
 
+def test_the_weights_of_annealing_count_even_where_the_chains_hardly_move():
+    """One temperature and tiny steps: importance resampling alone must give the right law."""
+    model, mask = correlated_model(), torch.tensor([False, True, False, True])
+    x = torch.tensor([[1.0, 0.0, 0.5, 0.0]]).double()
+    reference = conditional_samples(
+        model,
+        x,
+        mask,
+        20_000,
+        schedule=linear_schedule(1),
+        step_size=0.001,
+        num_leapfrog=1,
+        num_steps=1,
+        generator=generator(),
+    )
+    assert 1000 < reference.ess < 15_000
+    assert_conditional(reference.x, model, x, mask, 0.5 * reference.ess.item())
+
+
 def test_the_reference_finds_both_modes_of_a_bernoulli_decoder():
     """One latent whose sign the observed pixels do not tell: P(x_m | x_o) by quadrature."""
     torch.manual_seed(4)
