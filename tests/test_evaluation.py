@@ -469,7 +469,6 @@ def test_proposals_must_be_one_per_image():
 def test_a_weight_that_is_not_a_number_names_its_image():
     model, x = linear_gaussian(num_images=130)
     x[117] = math.nan
-    posterior = model.posterior(torch.zeros_like(x))
 
     def proposal(x):
         return Independent(Normal(torch.zeros(len(x), 2).double(), 1.0), 1)
@@ -477,11 +476,10 @@ def test_a_weight_that_is_not_a_number_names_its_image():
     model.likelihood = lambda z: Independent(
         Normal(z @ model.weight.T, 0.7, validate_args=False), 1, validate_args=False
     )
-    with pytest.raises(FloatingPointError, match="image 117 is nan"):
+    with pytest.raises(FloatingPointError, match=r"images 100 to 129: .*nan.*, image 17;"):
         importance_sampling_ll(model, proposal, x, num_samples=3)
-    with pytest.raises(FloatingPointError, match="at the start, image 17"):
+    with pytest.raises(FloatingPointError, match=r"images 100 to 129: .* the start, image 17;"):
         hais_ll(model, x, **FAST)
-    assert posterior.batch_shape == (130,)
 
 
 # --- command line --------------------------------------------------------------------------------

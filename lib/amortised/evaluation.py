@@ -7,8 +7,8 @@ bound: on average it is too low, never too high.
 
 Images are worked on in fixed blocks of 100. The random numbers of a block depend on the seed, the
 purpose and the number of the block, so that neither the memory limit nor an interruption changes a
-number, and a run with more images repeats the blocks of a run with fewer. With ``checkpoint`` a
-finished block is never computed twice.
+number, and a run with more images repeats the full blocks of a run with fewer. With ``checkpoint``
+a finished block is never computed twice.
 
 From a shell: ``python -m amortised.evaluation WEIGHTS``; ``--help`` lists the settings.
 """
@@ -176,7 +176,8 @@ def importance_sampling_ll(
         values is refused.
     :param progress: show a progress bar.
     :raises ValueError: for bad input, or a checkpoint of another evaluation.
-    :raises FloatingPointError: for a weight that is ``nan`` or ``+inf``, naming the image.
+    :raises FloatingPointError: for a weight that is ``nan`` or ``+inf``, naming the block and the
+        image in it.
 
     Source: Burda, Grosse and Salakhutdinov (2016), who take K = 5000.
 
@@ -208,10 +209,10 @@ def importance_sampling_ll(
                 )
                 advance(len(z))
         if not (log_sum < torch.inf).all():
-            image = block * BLOCK_SIZE + int((~(log_sum < torch.inf)).nonzero()[0])
+            image = int((~(log_sum < torch.inf)).nonzero()[0])
             raise FloatingPointError(
-                f"a log-weight of image {image} is nan or +inf; mend the model or the proposal: "
-                "no weight is dropped or repaired"
+                f"a log-weight is nan or +inf, image {image}; mend the model or the proposal: no "
+                "weight is dropped or repaired"
             )
         ess = torch.where(log_sum == -torch.inf, 0.0, (2.0 * log_sum - log_sum_of_squares).exp())
         return {"log_likelihood": log_sum - math.log(num_samples), "ess": ess}
@@ -283,7 +284,7 @@ def hais_ll(
         values is refused.
     :param progress: show a progress bar.
     :raises ValueError: for bad input, or a checkpoint of another evaluation.
-    :raises FloatingPointError: as :func:`amortised.ais.ais`.
+    :raises FloatingPointError: as :func:`amortised.ais.ais`, naming the block and the image in it.
 
     Source: Wu, Burda, Salakhutdinov and Grosse (2017), with the adaptation moved to a
     pilot; Sohl-Dickstein and Culpepper (2012) for the carried momentum.
@@ -377,11 +378,7 @@ def bdmc_ll(
     (True, torch.Size([50, 1]))
     """
     pilot_chains = min(20, num_chains) if pilot_chains is None else pilot_chains
-    _check_counts(
-        num_images=num_images,
-        num_chains=num_chains,
-        pilot_chains=pilot_chains,
-    )
+    _check_counts(num_images=num_images, num_chains=num_chains, pilot_chains=pilot_chains)
     device = next(model.parameters()).device
     pairs = []
     for block in range(math.ceil(num_images / BLOCK_SIZE)):
@@ -493,7 +490,14 @@ def fit_gaussian_proposal(
             state={"encoder": encoder, "optimizer": optimizer, "scheduler": scheduler},
             generator=_generator(seed, "batches", 0, torch.device("cpu")),
             checkpoint=checkpoint,
-            config={"model": _digest(model), "images": _digest(images), "seed": seed},
+            config={
+                "model": _digest(model),
+                "images": _digest(images),
+                "epochs": epochs,
+                "learning_rate": learning_rate,
+                "dynamic_binarisation": dynamic_binarisation,
+                "seed": seed,
+            },
             progress=progress,
         )
     return encoder
@@ -644,7 +648,12 @@ def _remaining_blocks(
         disable=not progress,
     ) as bar:
         for first in range(done, len(x), BLOCK_SIZE):
-            block = evaluate(first // BLOCK_SIZE, x[first : first + BLOCK_SIZE], bar.update)
+            images = x[first : first + BLOCK_SIZE]
+            try:
+                block = evaluate(first // BLOCK_SIZE, images, bar.update)
+            except FloatingPointError as error:
+                last = first + len(images) - 1
+                raise FloatingPointError(f"among images {first} to {last}: {error}") from error
             values = {
                 name: torch.cat([*([values[name]] if values else []), value.cpu()])
                 for name, value in block.items()
