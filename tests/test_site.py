@@ -66,9 +66,25 @@ LOOK = r"""
 }
 """
 
+# Formulas and the words of code make up most nodes of a page and few colours. axe takes a tenth of
+# the time when formulas are plain and one word of code remains of each kind.
+THIN = r"""
+() => {
+  document.querySelectorAll(".katex").forEach((formula) => formula.replaceWith("formula"));
+  const met = new Set();
+  for (const word of document.querySelectorAll(".highlight span[class]")) {
+    const kind = word.className + word.closest("[class*=highlight-]")?.parentElement.className;
+    if (met.has(kind)) word.replaceWith(word.textContent);
+    met.add(kind);
+  }
+}
+"""
+
 
 def pages():
-    return sorted(str(path.relative_to(SITE)) for path in SITE.rglob("*.html"))
+    """Every page with the book's layout: all but the theme's macros and the forwarding index."""
+    names = [path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html")]
+    return sorted(n for n in names if n != "index.html" and not n.startswith("_static/"))
 
 
 class Page(HTMLParser):
@@ -132,7 +148,7 @@ def browser():
 @pytest.fixture(scope="module")
 def visits(browser, address, site):
     """Each page on a desk, in light and dark, and on a phone; what the browser had to say."""
-    record = {}
+    axe, record = Axe(), {}
     context = browser.new_context(viewport=DESK)
     for name in site:
         page, trouble, abroad = context.new_page(), [], []
@@ -143,14 +159,15 @@ def visits(browser, address, site):
         page.on(
             "request", lambda r, a=abroad: r.url.startswith((address, "data:")) or a.append(r.url)
         )
+        page.emulate_media(color_scheme="light")
+        page.goto(address + name, wait_until="networkidle")
+        page.add_style_tag(content="* { transition: none !important }")
         for mode, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):
             page.emulate_media(color_scheme=mode)
-            if mode == "light":
-                page.goto(address + name, wait_until="networkidle")
             page.wait_for_function(f"document.documentElement.dataset.theme == '{mode}'")
-            found = page.evaluate(LOOK)
-            found["axe"] = Axe().run(page, options=rules).response["violations"]
-            record[name, mode] = found
+            found = record[name, mode] = page.evaluate(LOOK)
+            page.evaluate(THIN)
+            found["axe"] = axe.run(page, options=rules).response["violations"]
         page.set_viewport_size(PHONE)
         width = page.evaluate("document.documentElement.scrollWidth")
         record[name, "light"].update(trouble=trouble, abroad=abroad, width=width)
@@ -191,8 +208,9 @@ def test_mathematics_is_rendered_once(visits):
         for raw in re.findall(r"\$[^$\n]{1,60}\$?|\\[(\[].{1,60}", visit["text"]):
             yield f"raw mathematics {raw!r}"
 
-    assert not complaints(visits, complain)
-    assert any(visit["formulas"] for visit in visits.values())
+    untouched = {key: visit for key, visit in visits.items() if key[1] == "light"}
+    assert not complaints(untouched, complain)
+    assert any(visit["formulas"] for visit in untouched.values())
 
 
 def test_images_load_and_say_what_they_show(visits):
@@ -256,6 +274,7 @@ def test_every_chapter_is_in_the_book_and_can_be_downloaded(site):
     for chapter in chapters:
         page = site.get(f"chapters/{chapter}.html")
         assert page, f"book/_toc.yml does not list chapters/{chapter}"
+        assert " ".join(page.text).split()[0] == f"{int(chapter[:2])}.", f"number of {chapter}"
         assert f"../_sources/chapters/{chapter}.ipynb" in page.links
         notebook = json.loads((SITE / "_sources" / "chapters" / f"{chapter}.ipynb").read_text())
         assert any(cell.get("outputs") for cell in notebook["cells"])
@@ -266,6 +285,13 @@ def word_of(chapter, site):
     elsewhere = {w[:5] for name, page in site.items() if name != chapter for w in page.words}
     own = [w for w, count in site[chapter].words.items() if count > 1 and w[:5] not in elsewhere]
     return max((word for word in own if len(word) > 5), key=lambda word: (len(word), word))
+
+
+def test_the_index_leads_to_the_title_page(browser, address, site):
+    page = browser.new_page()
+    page.goto(address)
+    page.wait_for_url(f"{address}intro.html", timeout=10_000)
+    page.close()
 
 
 def test_search_finds_a_word_of_chapter_1(browser, address, site):

@@ -16,6 +16,7 @@ from pybtex.style.labels import BaseLabelStyle
 from sphinx.errors import ExtensionError
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
+from sphinx_external_toc.collectors import TocTreeCollectorWithStyles
 from sphinxcontrib.bibtex.style.referencing import BracketStyle
 from sphinxcontrib.bibtex.style.referencing.author_year import AuthorYearReferenceStyle
 from sphinxcontrib.katex import html_visit_displaymath
@@ -66,6 +67,26 @@ def require_chapters(app) -> None:
         raise ExtensionError(
             f"{', '.join(missing)} not found in {source}: execute the chapters first (make book)"
         )
+
+
+def number_chapters(assign_section_numbers):
+    """Number ``chapters/06_slug`` 6, whichever other chapters this edition holds."""
+
+    def assign(self, env):
+        changed = assign_section_numbers(self, env)
+        for docname, numbers in env.toc_secnumbers.items():
+            chapter = re.match(r"chapters/(\d+)_", docname)
+            if not chapter:
+                continue
+            first = int(chapter[1])
+            for anchor, number in numbers.items():
+                numbers[anchor] = number and (first, *number[1:])
+            for node in (env.titles[docname], *env.tocs[docname].findall(nodes.reference)):
+                if node.get("secnumber"):
+                    node["secnumber"] = (first, *node["secnumber"][1:])
+        return changed
+
+    return assign
 
 
 def display_math(self, node: nodes.math_block) -> None:
@@ -121,6 +142,16 @@ def link_to_notebooks(app, pagename, templatename, context, doctree) -> None:
         context["header_buttons"] = [relocate(button) for button in context["header_buttons"]]
 
 
+def mend_roles(app, pagename, templatename, context, doctree) -> None:
+    """Names and roles that the theme and docutils leave out or get wrong."""
+    navigation = context["generate_toctree_html"]
+    context["generate_toctree_html"] = lambda *args, **options: str(
+        navigation(*args, **options)
+    ).replace("<summary>", '<summary aria-label="Pages of this section">')
+    if "body" in context:  # a list of citations is a list
+        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+
+
 # --- The library's pages -------------------------------------------------------------------------
 
 
@@ -165,6 +196,9 @@ def setup(app):
     register_plugin("pybtex.style.formatting", "author_year_list", AuthorYearList)
     app.setup_extension("sphinxcontrib.katex")
     app.registry.html_block_math_renderers["katex"] = (display_math, None)
+    TocTreeCollectorWithStyles.assign_section_numbers = number_chapters(
+        TocTreeCollectorWithStyles.assign_section_numbers
+    )
     app.add_directive("library-modules", LibraryModules)
     app.connect("builder-inited", require_chapters)
     app.connect("autodoc-skip-member", skip_generated_docs)
@@ -173,4 +207,5 @@ def setup(app):
     app.connect("doctree-read", drop_return_types)
     app.connect("doctree-resolved", drop_repeated_ids)
     app.connect("html-page-context", link_to_notebooks, priority=900)
+    app.connect("html-page-context", mend_roles, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
