@@ -341,7 +341,7 @@ def avb_discriminator_loss(
     :param z: samples of the student, ``[..., B, D]``; the graph is cut.
     :return: ``[B]``, in nats; other arguments as in :func:`avb_logits`.
 
-    Source: Mescheder, Nowozin and Geiger (2017), equation 3.3.
+    Source: Mescheder, Nowozin and Geiger (2017), section 3.1.
 
     >>> x, z = torch.zeros(1, 1), torch.zeros(1, 2)
     >>> avb_discriminator_loss(lambda x, z: -0.5 * z.square().sum(-1), x, z)  # S = 0
@@ -373,7 +373,7 @@ def avb_loss(
     :param z: samples of the student with their graph, ``[..., B, D]``.
     :return: ``[B]``, in nats; other arguments as in :func:`avb_logits`.
 
-    Source: Mescheder, Nowozin and Geiger (2017), equation 3.8, and section 3.3 for the contrast.
+    Source: Mescheder, Nowozin and Geiger (2017), section 3.1, and section 3.3 for the contrast.
 
     >>> from amortised.models import LinearGaussian
     >>> model = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)

@@ -445,7 +445,7 @@ def avb_step(
     :return: the mean losses ``"discriminator"`` and ``"loss"``; other arguments as in
         :func:`amc_step`.
 
-    Source: Mescheder, Nowozin and Geiger (2017), algorithms 1 and 2.
+    Source: Mescheder, Nowozin and Geiger (2017), sections 3.2 and 3.3.
 
     >>> from amortised.adversarial import Discriminator
     >>> from amortised.models import LinearGaussian
