@@ -1,7 +1,8 @@
 # The front door. `make help` lists the targets; the graph behind them is workflow/Snakefile.
 
 # A new .venv is made with the first of these that is at least 3.11 and can make environments.
-PYTHON ?= python3 python3.13 python3.12 python3.11
+# Packages come as wheels for 3.11 to 3.13; a later python3 may have to compile some.
+PYTHON ?= python3.11 python3.12 python3.13 python3
 USABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 INSTALL := no usable Python among '$(PYTHON)': install Python 3.11 or newer with its venv module \
 	(Debian and Ubuntu: apt-get install python3-venv) or name one, make PYTHON=/path/to/python3
@@ -15,7 +16,7 @@ NB ?= $(basename $(notdir $(wildcard notebooks/[0-9]*.py)))
 
 unexport PYTHONPATH PYTHONHOME
 .DEFAULT_GOAL := help
-.PHONY: help book test site chapters notebooks smoke full coursework lock clean environment
+.PHONY: help book test site chapters notebooks smoke full coursework bench lock clean environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +54,9 @@ full: environment ## execute the chapters with params/*.full.yaml, into book/_bu
 
 coursework: environment ## copies of the chapters without the solutions, in book/_build/coursework
 	@$(BIN)/python workflow/coursework.py book/_build/coursework
+
+bench: environment ## what annealing costs here, route by route; OPTIONS="--quick --save"
+	@$(BIN)/python workflow/bench.py $(OPTIONS)
 
 lock: environment ## renew requirements.lock and environment.yml; UPGRADE=1 for newest versions
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
