@@ -114,7 +114,7 @@ EXACT, PQ, QP = (plotting.COLOURS[name] for name in ("exact", "bound", "approxim
 # $$ (eq-pq-pq)
 #
 # with $\mathrm{H}[z \mid x]$ the mean entropy of the posterior, a constant. But drawing $x$ and then $z$ from the posterior is the same as drawing $z$ and then $x$ from the model.
-# The average over $x$, which looked like a burden, is what makes the loss computable:
+# The average over $x$, which looked like a burden, is what makes the loss $\ell_{pq}(x, z) = -\log q_\phi(z \mid x)$ computable:
 #
 # $$
 # \nabla_\phi\, \mathbb{E}_{p(x, z)}\bigl[\ell_{pq}(x, z)\bigr]
@@ -270,7 +270,7 @@ def claim(statement, holds):
 class AffineEncoder(nn.Module):
     def __init__(self):
         super().__init__()
-        self.phi, self.path = nn.Parameter(torch.randn(num_seeds, 1, 3)), []
+        self.phi, self.path = nn.Parameter(0.5 * torch.randn(num_seeds, 1, 3)), []
 
     def forward(self, x):
         self.path.append(self.phi.detach().clone())
@@ -284,7 +284,7 @@ affine = {"pq": AffineEncoder(), "qp": AffineEncoder()}
 optimum = torch.tensor([0.5, 0.0, math.sqrt(0.5)])
 columns = [list("abc"), optimum.tolist()]
 for name, loss in (("pq", pq), ("qp", qp)):
-    fit(affine[name], loss, unknown_mean, step_size=0.05)
+    fit(affine[name], loss, unknown_mean, step_size=0.03)
     learned = torch.cat([affine[name].phi[:, 0, :2], affine[name].phi[:, 0, 2:].exp()], -1).detach()
     error = (learned - optimum).abs().amax(0)
     claim(f"{name} finds a, b and c to 0.02, for every seed", error.max() < 0.02)
