@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from amortised.fast import log_likelihood_and_grad
 from amortised.mcmc import LeapfrogState, leapfrog_step
 from amortised.models import BernoulliDecoder, ConvBernoulli, LinearGaussian
 from amortised.numerics import log_mean_exp, value_and_grad
+from amortised.results import load_weights
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
@@ -343,6 +345,18 @@ def test_low_precision_forces_come_with_exact_energies(route, dtype, tolerance):
     torch.testing.assert_close(fn.log_likelihood(z), expected_value, rtol=1e-5, atol=0)
 
 
+def test_low_precision_energies_on_trained_weights():
+    """What the option without exact energies costs, in nats, on the decoder of chapter 1."""
+    model = ConvBernoulli()
+    path = Path(__file__).parents[1] / "data/models/vae_recap/vae-laptop-seed0-decoder.safetensors"
+    load_weights(path, model, {"class": "ConvBernoulli", "latent_dim": 32})
+    x, z = model.sample(200)
+    for dtype, bias, spread in [(torch.float16, 0.01, 0.05), (torch.bfloat16, 0.05, 0.3)]:
+        fn = log_likelihood_and_grad(model, x, dtype=dtype)
+        error = fn(z)[0] - fn.log_likelihood(z)
+        assert error.mean().abs() < bias and error.std() < spread
+
+
 def test_leapfrog_is_reversible_under_a_low_precision_force():
     model = confident(ConvBernoulli())
     fn = log_likelihood_and_grad(model, images(model, 1), dtype=torch.bfloat16)
@@ -495,23 +509,30 @@ def test_failed_compilation_warns_once_and_runs_uncompiled(monkeypatch):
 
 
 PEAK_MEMORY = """
-import resource, torch
+import re, torch
 from amortised.fast import log_likelihood_and_grad
 from amortised.models import ConvBernoulli
+
+def peak():  # not ru_maxrss, which starts from the memory of the parent
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
 fn = log_likelihood_and_grad(ConvBernoulli(), torch.zeros(10, 784), "{route}")
 fn(torch.randn(60, 10, 32))
-few = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+few = peak()
 fn(torch.randn(1000, 10, 32))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - few) / 1024)
+print((peak() - few) / 1024)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
 @pytest.mark.parametrize("route", ["eager", "rewritten"])
 def test_memory_does_not_grow_with_the_number_of_chains(route):
     # Unchunked, the activations of 10,000 chains take 800 MB and autograd's about twice that.
-    code = PEAK_MEMORY.format(route=route)
     output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", PEAK_MEMORY.format(route=route)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     ).stdout
-    assert float(output) < 60  # MB; positions, gradients and values take 3
+    assert 0 < float(output) < 60  # MB; positions, gradients and values take 3
