@@ -148,7 +148,7 @@ plt.show()
 #
 # The right-hand side invites us to average $p_\theta(x \mid z)$ over draws from the prior. That is unbiased, and nearly useless:
 # each further pixel shrinks the region of $z$ that explains the image, while the prior keeps throwing its darts at the whole board.
-# Watch how many of 10,000 draws still count, while one observation with four latents is revealed pixel by pixel.
+# Watch how many of 10,000 draws still count, by $(\sum_k w_k)^2 / \sum_k w_k^2$ with $w_k = p_\theta(x \mid z_k)$, while one observation with four latents is revealed pixel by pixel.
 
 # %%
 wide = LinearGaussian(torch.randn(256, 4), torch.zeros(256), noise_scale=1.0)
@@ -192,7 +192,7 @@ markdown_table(["pixels", "exact log p(x)", "estimate", "effective of 10,000"], 
 #
 # So a posterior sampler is all that learning needs. The other side of the coin: a biased sampler gives a biased gradient.
 # Both can be checked. Beside automatic differentiation of the exact evidence we set two averages of the joint's gradient:
-# over the exact posterior, and over the best Gaussian with independent coordinates, whose mean is exact and whose covariance is not.
+# over the exact posterior, and over a Gaussian with independent coordinates, whose mean is exact and whose covariance is not. (It is the best of its kind, in a sense that {numref}`sec-vi-bound` makes precise.)
 
 
 # %%
@@ -245,7 +245,7 @@ markdown_table(["gradient in", "exact", "posterior", "independent coordinates"],
 # $$ (eq-vi-ula)
 #
 # All four get the same budget of density evaluations, in 64 chains from one corner; a counter around the target keeps the books.
-# Each evaluation comes with a gradient, except in Metropolis–Hastings. The table shows the effective sample size along the narrow and the wide axis of the posterior.
+# Each evaluation comes with a gradient, except in Metropolis–Hastings. The table shows how many independent draws 1,000 evaluations are worth, judged by autocorrelation, along the narrow and the wide axis of the posterior.
 
 # %%
 target, step = CallCounter(log_target), 0.06
@@ -283,7 +283,7 @@ panels[0].set_ylabel("$z_2$")
 plt.show()
 
 # %% [markdown]
-# Three kernels reproduce the exact variance. ULA lands on {eq}`eq-vi-ula` instead; the cell asserts both. Its chains mix well, to the wrong law, and Fisher's identity would hand the error on to $\theta$.
+# Three kernels reproduce the exact variance. ULA lands on {eq}`eq-vi-ula` instead; the cell asserts both. Nothing in its trace gives that away, and Fisher's identity would hand the error on to $\theta$.
 # One step size has to serve both axes, so the small steps that the narrow one allows take long to cross the wide one. HMC crosses it in one trajectory, and the slowest direction decides how long to wait.
 #
 # MCMC is sound and asks for little. Its price is mixing time in high dimension, no sure sign of convergence, and chains that stay in one mode.
@@ -292,7 +292,7 @@ plt.show()
 # (sec-vi-bound)=
 # ## A bound instead of a sampler
 #
-# Pick any density $q(z)$ that we can sample and evaluate. Multiply and divide inside the logarithm of the evidence and take the expectation under $q$:
+# For every $z$ at all, $p_\theta(x) = p_\theta(x, z) / p_\theta(z \mid x)$. Take logarithms, add and subtract $\log q(z)$ for any density $q$ that we can sample and evaluate, and average under $q$:
 #
 # $$
 # \begin{aligned}
@@ -380,7 +380,7 @@ plotting.animate(draw, 16, size=(4.8, 3.4), fps=4, alt="A circle shrinks into a 
 # 2. *Stochastic variational inference* {cite:p}`hoffman2013svi`. The same on minibatches: a few steps on the visited $\lambda_n$, one on $\theta$.
 # 3. *Amortised inference* {cite:p}`kingma2014vae`. Replace the table by a function, $\lambda_n = f_\phi(x_n)$, and take one joint step on $\theta$ and $\phi$.
 #
-# In code the first two differ in their batch size only. Beside them we put two ways of learning by Fisher's identity:
+# In code the first two differ in their batch size only; both follow one gradient in $\theta$ where EM would maximise. Beside them we put two ways of learning by Fisher's identity:
 # a Langevin chain started afresh at each visit, and a *persistent* chain that waits in memory for the next one.
 # Each scheme below returns four things: the objective whose gradient in $\theta$ is followed, what else it trains, what it keeps in memory, and its $q$.
 
@@ -698,7 +698,7 @@ for i, panel in enumerate(right.subplots(3, 1)):
 plt.show()
 
 # %% [markdown]
-# Each gap in the table is a divergence in the picture. Look at the effective sample sizes too: where few draws count, a single one decides, and an estimate that is right on average can be off by much, to either side.
+# Each gap in the table is a divergence in the picture. The effective sample sizes say how far to trust the column before them: where few draws count, a single one decides, and an estimate that is right on average can be off by much, to either side.
 #
 # ## Many samples, a tighter bound
 #
@@ -839,7 +839,7 @@ plt.show()
 #
 # - *The bound is not the evidence.* Who ranks two models by their bounds may be ranking their encoders. {numref}`fig-vi-gaps` shows how many nats that can be.
 # - *One direction only.* $\operatorname{KL}(q \,\|\, p)$ forgives a $q$ that misses mass and punishes one that spills over, as in {numref}`fig-vi-tightening`. Chapter 2 turns it round.
-# - *Silent failure.* A chain that has not mixed and an importance sampler with a poor proposal both return plain numbers. Only a known answer, as in the linear model, exposes them.
+# - *Silent failure.* A chain that has not mixed and an importance sampler with a poor proposal both return plain numbers. Often only a known answer, as in the linear model, exposes them.
 #
 # Two small corrections to slides that this recap otherwise follows {cite:p}`thin2020slides`. One slide writes the decoder as $p_\theta(z \mid x)$.
 # It is $p_\theta(x \mid z)$, as the same slides say elsewhere: in code, `vae.likelihood(z)` is a distribution over 784 pixels, not over 32 latents.
@@ -855,7 +855,7 @@ plt.show()
 # - *The model.* A Gaussian latent and a network, {eq}`eq-vi-model`. Its evidence is an integral that prior samples cannot estimate; its posterior is known up to that integral.
 # - *Two gradients.* Posterior samples give the gradient of $\log p_\theta(x)$ by {eq}`eq-vi-fisher`; a $q$ in their place gives that of the bound. They agree when $q$ has the moments that the gradient asks for.
 # - *Three ways.* A table of $\lambda_n$ costs memory in proportion to the data and gradients for each new $x$; an encoder costs neither, and is shared. {numref}`fig-vi-schemes` and its table count it.
-# - *Two gaps.* $\log p_\theta(x) - \mathcal{L}$ is a divergence. Part of it belongs to the family and part to the encoder, {eq}`eq-vi-gaps`. $K$ importance samples shrink the sum like $1/K$, and with it the signal in the encoder's gradient, unless that is doubly reparameterised.
+# - *Two gaps.* $\log p_\theta(x) - \mathcal{L}$ is a divergence. Part of it belongs to the family and part to the encoder, {eq}`eq-vi-gaps`. $K$ importance samples shrink the sum like $1/K$; the signal-to-noise ratio of the encoder's gradient shrinks too, unless that gradient is doubly reparameterised.
 #
 # ## Exercises
 #
@@ -863,7 +863,7 @@ plt.show()
 # :label: ex-vi-price
 #
 # The posterior is Gaussian with precision $\Lambda$. Show that the best mean-field $q$ has the exact mean and variances $1 / \Lambda_{jj}$, and that its gap is
-# $\tfrac12 \bigl(\sum_j \log \Lambda_{jj} - \log \det \Lambda\bigr)$. Write the gap for two coordinates of unit variance as a function of their correlation, and check it:
+# $\tfrac12 \bigl(\sum_j \log \Lambda_{jj} - \log \det \Lambda\bigr)$. Write the gap for two coordinates of unit variance as a function of their correlation $r$, build both distributions for $r = 0.9$, and check:
 #
 # ~~~python
 # checks.close(your_gap, divergence(best_q, correlated), label="the gap")
@@ -875,8 +875,16 @@ plt.show()
 # :class: dropdown
 # ```
 #
-# Up to a constant, $\operatorname{KL}(q \,\|\, p) = -\sum_j \log \sigma_j + \tfrac12 \sum_j \Lambda_{jj} \sigma_j^2 + \tfrac12 (\mu - m)^\top \Lambda\, (\mu - m)$ with $m$ the exact mean.
-# The last term vanishes at $\mu = m$, and the derivative in $\sigma_j$ at $\sigma_j^2 = 1 / \Lambda_{jj}$. The constant is what remains at $q = p$.
+# With $m$ the exact mean,
+#
+# $$
+# \begin{aligned}
+# \operatorname{KL}(q \,\|\, p) = {} & -\sum_j \log \sigma_j + \tfrac12 \sum_j \Lambda_{jj} \sigma_j^2 \\
+# & + \tfrac12 (\mu - m)^\top \Lambda\, (\mu - m) - \tfrac12 \log \det \Lambda - \tfrac{D}{2}.
+# \end{aligned}
+# $$
+#
+# The quadratic form vanishes at $\mu = m$, and the derivative in $\sigma_j$ at $\sigma_j^2 = 1 / \Lambda_{jj}$. There the second sum is $D / 2$ and cancels the last term, which leaves the formula.
 # With unit variances $\Lambda_{jj} = 1 / (1 - r^2)$ and $\det \Lambda = 1 / (1 - r^2)$, so the gap is $-\tfrac12 \log(1 - r^2)$.
 
 # %%
