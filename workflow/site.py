@@ -34,9 +34,10 @@ def build(lock) -> None:
         text=True,
         pass_fds=[lock.fileno()],
     )
-    (SCRATCH / "log.txt").write_text(done.stdout)
+    log = re.sub(r"\x1b\[[\d;]*m", "", done.stdout)
+    (SCRATCH / "log.txt").write_text(log)
     if done.returncode:
-        found = [line for line in done.stdout.splitlines() if WARNING.search(line)]
+        found = [line for line in log.splitlines() if WARNING.search(line)]
         sys.exit(
             "\n".join(["The site was not built:", *found, f"The whole log: {SCRATCH}/log.txt"])
         )
