@@ -89,16 +89,21 @@ def number_chapters(assign_section_numbers):
     return assign
 
 
-def display_math(self, node: nodes.math_block) -> None:
-    r"""Display mathematics as elsewhere in Sphinx: several lines are aligned at ``&``.
+def aligned(text: str) -> str:
+    r"""Put lines that ``\\`` ends, or equations that blank lines divide, under one another."""
+    text = r"\\".join(part.strip() for part in re.split(r"\n\s*\n", text) if part.strip())
+    if r"\\" not in text or re.fullmatch(r"\\begin\{.*\\end\{\w+\*?\}[.,]?", text, re.DOTALL):
+        return text
+    return rf"\begin{{aligned}}{text}\end{{aligned}}"
 
-    sphinxcontrib.katex leaves ``\\`` outside an environment, and ``<`` and ``&``, as they are.
+
+def display_math(self, node: nodes.math_block) -> None:
+    """Display mathematics with Sphinx's line breaks and with ``<`` and ``&`` escaped.
+
+    sphinxcontrib.katex does neither.
     """
-    text = node.astext()
-    if r"\\" in text and r"\begin{" not in text:
-        text = rf"\begin{{aligned}}{text}\end{{aligned}}"
     escaped = node.deepcopy()
-    escaped.children = [nodes.Text(self.encode(text))]
+    escaped.children = [nodes.Text(self.encode(aligned(node.astext())))]
     html_visit_displaymath(self, escaped)
 
 
@@ -113,6 +118,14 @@ def require_alt_text(app, doctree) -> None:
                 'mystnb={"image": {"alt": "..."}} or in ![...](...)',
                 location=image,
             )
+
+
+def hide_test_marks(app, doctree) -> None:
+    """A cell whose output is compared says so in its first line; readers need not know."""
+    for code in doctree.findall(nodes.literal_block):
+        shown = code.astext().removeprefix("# NBVAL_CHECK_OUTPUT\n")
+        if shown != code.astext():
+            code.rawsource, code.children = shown, [nodes.Text(shown)]
 
 
 def drop_repeated_ids(app, doctree, docname) -> None:
@@ -204,6 +217,7 @@ def setup(app):
     app.connect("autodoc-skip-member", skip_generated_docs)
     app.connect("autodoc-process-docstring", keep_single_letters)
     app.connect("doctree-read", require_alt_text)
+    app.connect("doctree-read", hide_test_marks)
     app.connect("doctree-read", drop_return_types)
     app.connect("doctree-resolved", drop_repeated_ids)
     app.connect("html-page-context", link_to_notebooks, priority=900)
