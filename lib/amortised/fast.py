@@ -10,13 +10,13 @@ the numbers of autograd, up to rounding.
 reaches output :math:`o = s i - p + t` through tap t. Cut the output into blocks of s pixels,
 :math:`o = s q + r`. Every block then depends on the same few neighbours of input q, through taps
 :math:`t = r + p - s (i - q)`: an ordinary convolution that computes the s x s pixels of a block as
-channels (Shi et al., 2016). With k = 5, s = 2, p = 2 it has a 3 x 3 kernel. Its backward pass is an
+channels (Shi et al., 2016). With k = 5, s = 2, p = 2 it has a 3 x 3 kernel. The backward pass is an
 ordinary convolution already, with stride s and the original kernel.
 
 **Or it is a matrix.** Unrolled, a transposed convolution is a dense matrix that is mostly zeros.
 It multiplies several times as much and still wins on a GPU, whose matrix units run at full speed.
 
-Source: Shi et al. (2016), arXiv 1609.05158, for the convolution over blocks.
+Source: Shi et al. (2016), arXiv 1609.07009, for the convolution over blocks.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def log_likelihood_and_grad(
         the chain rule written out, transposed convolutions as convolutions over blocks, channels
         last, pixels left in blocks, chains in chunks that fit the cache. No compiler needed.
     ``compiled``
-        the same through ``torch.compile``, which takes some seconds at first use on a machine.
+        the same through ``torch.compile``: a few per cent faster, for some seconds at first use.
         Where that is not possible, ``rewritten``, with one warning.
     ``dense``
         transposed convolutions unrolled to dense matrices; on CUDA inside a CUDA graph.
@@ -83,14 +83,19 @@ def log_likelihood_and_grad(
             likelihood_value_and_grad=fast_fn, exact_energies=True)
 
     Without ``exact_energies`` the energies are of low precision too. That estimates the evidence of
-    a slightly different model, and a table that uses it says so.
+    a slightly different model, and a table that uses it says so. On the book's trained decoder the
+    mean energy moves by less than 0.01 nat, and one chain's by about 0.01 (float16) or 0.1
+    (bfloat16).
+
+    On CUDA, PyTorch lets convolutions round to TF32 unless ``torch.backends.cudnn.allow_tf32`` is
+    off; ``dense`` has only matrix products, which it does not round unless asked to.
 
     :param model: the model; evaluated where its weights are.
     :param x: observations, ``[B, P]``; binary for a ``BernoulliDecoder``.
     :param route: one of the names above.
     :param dtype: type of weights and activations; by default the model's own.
     :param chunk_size: chains evaluated at once, which bounds the memory beyond inputs and results;
-        by default 128 per processor thread on a CPU and 65,536 on other devices.
+        by default 256 per processor thread on a CPU and 65,536 on other devices.
     :return: a callable ``z -> (log_likelihood, grad)`` for z of shape ``[..., B, D]``.
     :raises ValueError: when the route is unknown or does not cover the model, when x is not
         binary or not ``[B, P]``, or when another argument is out of range.
@@ -150,7 +155,7 @@ class LogLikelihoodAndGrad:
         self._own_dtype, self._device = weight.dtype, weight.device
         if chunk_size is None:
             on_cpu = self._device.type == "cpu"
-            chunk_size = 128 * torch.get_num_threads() if on_cpu else 65_536
+            chunk_size = 256 * torch.get_num_threads() if on_cpu else 65_536
         self.dtype, self.chunk_size = dtype, chunk_size
         self.route = route
         if route == "auto":
