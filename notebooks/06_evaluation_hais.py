@@ -70,7 +70,7 @@ plotting.use_style()
 
 
 def stream(offset: int) -> torch.Generator:
-    """A random stream of its own for each experiment, so that cells can be run in any order."""
+    """A random stream of its own for each experiment: cells can be run in any order."""
     return torch.Generator().manual_seed(1000 * seed + offset)
 
 
@@ -365,7 +365,7 @@ print("smallest gap at the largest budget:", best)
 # %% [markdown]
 # ## The schedule
 #
-# The weight collects $\int_0^1 \mathbb{E}_{f_b} \log p_\theta(x \mid z)\, db$ in steps. The integrand, which {py:class}`amortised.ais.AISResult` records as `mean_log_likelihood`, moves most where the likelihood begins to matter, near $b = 0$, so temperatures should be dense there. A sigmoid schedule makes them dense at both ends. For images, whose log-likelihood changes by hundreds of nats over the first few per cent of the path, that is a large gain; the trained decoder below will show it.
+# The weight collects $\int_0^1 \mathbb{E}_{f_b} \log p_\theta(x \mid z)\, db$ in steps. The integrand, which {py:class}`amortised.ais.AISResult` records as `mean_log_likelihood`, moves most where the likelihood begins to matter, near $b = 0$, so temperatures should be dense there. A sigmoid schedule makes them dense at both ends. For images, whose log-likelihood changes by hundreds of nats over the first few per cent of the path, that is a large gain; {ref}`ex-eval-schedule` measures it on the trained decoder.
 #
 # ## The sandwich
 #
@@ -467,7 +467,7 @@ worst = max(ratios, key=lambda r: r.mean)
 print("some adapting rule overestimates p(x):", worst.mean - 1 > 4 * worst.se)
 
 # %% [markdown]
-# An estimate of $p(x)$ that is too high *on average* is no lower bound. With the published factor of 1.02 and acceptance averaged over many chains, as in {cite:t}`wu2017decoders`, the effect is small; but it is not zero, and no theorem limits it. The remedy costs one short run. A *pilot* adapts; its steps are frozen; a new run with new random numbers is reported. {py:func}`amortised.ais.tune_step_size` is the pilot.
+# An estimate of $p(x)$ that is too high *on average* is no lower bound. A factor of 1.02 is hard to tell from none in the table, and averaging the acceptance over many chains, as {cite:t}`wu2017decoders` do, makes the effect smaller still. But no theorem limits it, and no diagnostic shows it. The remedy costs one short run. A *pilot* adapts; its steps are frozen; a new run with new random numbers is reported. {py:func}`amortised.ais.tune_step_size` is the pilot.
 #
 # ## A trained decoder
 #
@@ -573,7 +573,8 @@ for path in sorted((data.data_folder() / "results").glob("*/*.json")):
     record = results.load_result(path).record
     metric = record["metrics"].get("hais_ll") or record["metrics"].get("ais_ll")
     if metric:
-        rows.append([f"{record['study']}: {record['row']}, {record['scale']}", metric, "this book"])
+        name = f"{record['study']}: {record['row']}, {record['scale']}, {metric['n']} images"
+        rows.append([name, metric, "this book"])
 for entry in results.load_published("amc", table="Table 1", metric="HAIS-LL"):
     rows.append([entry["row"].replace(" |", ","), entry["value"], "Li, Turner and Liu (2017)"])
 results.markdown_table(["model", "log p(x), annealed", "origin"], rows)
