@@ -314,6 +314,21 @@ def test_changed_weights_are_noticed_and_refresh_takes_them(route):
     assert_agrees(fn, model, x, positions(model, 3, 2, 32))
 
 
+@pytest.mark.parametrize("route", ["eager", "rewritten", "dense"])
+def test_refresh_takes_the_next_minibatch(route):
+    model = ConvBernoulli()
+    fn = log_likelihood_and_grad(model, images(model, 2), route)
+    for num_images in (2, 5, 1):
+        x = images(model, num_images)
+        assert_agrees(fn.refresh(x), model, x, positions(model, 3, num_images, 32))
+    x.zero_()  # the callable keeps its own copy
+    before = fn(torch.zeros(1, 1, 32))[0]
+    fn.refresh(x)
+    assert fn(torch.zeros(1, 1, 32))[0] != before
+    with pytest.raises(ValueError, match="x must be binary"):
+        fn.refresh(torch.full((2, 784), 0.5))
+
+
 def test_packed_weights_stay_in_place_for_captured_graphs():
     model = ConvBernoulli()
     fn = log_likelihood_and_grad(model, torch.zeros(1, 784), "dense", dtype=torch.bfloat16)

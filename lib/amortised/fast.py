@@ -115,13 +115,6 @@ def log_likelihood_and_grad(
         raise ValueError(f"dtype must be {own_dtype}, bfloat16 or float16; got {dtype}")
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be an integer, at least 1; got {chunk_size!r}")
-    if x.ndim != 2 or x.shape[1] != model.observation_dim or len(x) == 0:
-        raise ValueError(
-            f"x must be [B, P] with P = {model.observation_dim} and B at least 1; "
-            f"got shape {tuple(x.shape)}"
-        )
-    if isinstance(model, BernoulliDecoder) and not ((x == 0) | (x == 1)).all():
-        raise ValueError("x must be binary, 0 or 1; binarise the images first")
     return LogLikelihoodAndGrad(model, x, route, dtype or own_dtype, chunk_size)
 
 
@@ -131,9 +124,10 @@ class LogLikelihoodAndGrad:
     Gives :math:`\log p(x \mid z)`, ``[..., B]`` in nats, and its gradient in z, ``[..., B, D]``,
     both detached. Where x holds one observation, z may have any leading shape.
 
-    The routes work on a packed copy of the weights. After a change of the model, call
-    :meth:`refresh`. Changes that PyTorch counts (optimiser steps, ``load_state_dict``, in-place
-    operations) are noticed at the next call and raise an error rather than give stale numbers.
+    The observations are fixed, and the routes work on a packed copy of the weights, until
+    :meth:`refresh`. Changes of the weights that PyTorch counts (optimiser steps,
+    ``load_state_dict``, in-place operations) are noticed at the next call and raise an error rather
+    than give stale numbers.
 
     :ivar route: the route that is in use, never ``"auto"``.
     :ivar dtype: type of weights and activations.
@@ -151,7 +145,7 @@ class LogLikelihoodAndGrad:
         chunk_size: int | None,
     ):
         weight = next(model.parameters())
-        self._model, self._num_images = model, len(x)
+        self._model = model
         self._own_dtype, self._device = weight.dtype, weight.device
         if chunk_size is None:
             on_cpu = self._device.type == "cpu"
@@ -161,7 +155,7 @@ class LogLikelihoodAndGrad:
         if route == "auto":
             self.route = "dense" if self._device.type == "cuda" else "rewritten"
 
-        x, network = x.to(weight), None
+        network = None
         if self.route != "eager":
             try:
                 network = _network(model, dense=self.route == "dense")
@@ -171,14 +165,30 @@ class LogLikelihoodAndGrad:
                 self.route = "eager"
         if network is None and dtype is not self._own_dtype:
             raise ValueError(f"the eager route runs in the model's own type; got dtype={dtype}")
+
+        self._order = slice(None) if network is None else network.order.to(self._device)
+        self._observe(x)
         if network is None:
             self._pack, self._packed = None, []
-            self._value, self._value_and_grad = _autograd(model, x)
+            self._value, self._value_and_grad = _autograd(model)
         else:
-            self._run_network(network, x)
+            self._run_network(network)
         self._versions = self._weight_versions()
 
-    def _run_network(self, network: _Network, x: Tensor) -> None:
+    def _observe(self, x: Tensor) -> None:
+        """Check x, and keep what the likelihood needs of it: for pixels, the signs ``2 x - 1``."""
+        observation_dim = self._model.observation_dim
+        if x.ndim != 2 or x.shape[1] != observation_dim or len(x) == 0:
+            raise ValueError(
+                f"x must be [B, P] with P = {observation_dim} and B at least 1; "
+                f"got shape {tuple(x.shape)}"
+            )
+        if isinstance(self._model, BernoulliDecoder) and not ((x == 0) | (x == 1)).all():
+            raise ValueError("x must be binary, 0 or 1; binarise the images first")
+        x = x.to(self._device, self._own_dtype)
+        self._data = (2.0 * x - 1.0)[:, self._order] if _is_bernoulli(self._model) else x.clone()
+
+    def _run_network(self, network: _Network) -> None:
         """Pack the weights, once for each type, and choose the function that runs them."""
         self._pack = network.pack
         self._packed = [
@@ -186,18 +196,17 @@ class LogLikelihoodAndGrad:
             for t in dict.fromkeys((self._own_dtype, self.dtype))
         ]
         exact, forces = self._packed[0], self._packed[-1]
-        signs = (2.0 * x - 1.0)[:, network.order.to(x.device)]
-
-        run = functools.partial(_value_and_grad, network.stages)
+        run = None
         if self.route == "compiled":
-            example = x.new_zeros(max(16, self.chunk_size), self._model.latent_dim)
-            run = _compile(network.stages, forces, example, signs[:1].expand(len(example), -1))
-            if run is None:
-                self.route, run = "rewritten", functools.partial(_value_and_grad, network.stages)
-        elif self.route == "dense" and self._device.type == "cuda":
+            num_chains = max(16, self.chunk_size)
+            z = self._data.new_zeros(num_chains, self._model.latent_dim)
+            run = _compile(network.stages, forces, z, self._data[:1].repeat(num_chains, 1))
+            self.route = "compiled" if run else "rewritten"
+        run = run or functools.partial(_value_and_grad, network.stages)
+        if self.route == "dense" and self._device.type == "cuda":
             run = _CudaGraphs(run)
-        self._value = lambda z, rows: _value(network.stages, exact, z, signs[rows])
-        self._value_and_grad = lambda z, rows: run(forces, z, signs[rows])
+        self._value = functools.partial(_value, network.stages, exact)
+        self._value_and_grad = functools.partial(run, forces)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -210,7 +219,8 @@ class LogLikelihoodAndGrad:
         value, grad = z.new_empty(z.shape[:-1]), z.new_empty(z.shape)
         flat_value, flat_grad = value.view(-1), grad.view(-1, z.shape[-1])
         for part, z_part, rows in self._chunks(z):
-            flat_value[part], flat_grad[part] = self._value_and_grad(z_part, rows)
+            results = self._value_and_grad(z_part, self._data[rows])
+            flat_value[part], flat_grad[part] = results
         return value, grad
 
     @torch.inference_mode(False)
@@ -223,19 +233,29 @@ class LogLikelihoodAndGrad:
         value = z.new_empty(z.shape[:-1])
         flat_value = value.view(-1)
         for part, z_part, rows in self._chunks(z):
-            flat_value[part] = self._value(z_part, rows)
+            flat_value[part] = self._value(z_part, self._data[rows])
         return value
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Take the model's weights as they are now."""
+    def refresh(self, x: Tensor | None = None) -> LogLikelihoodAndGrad:
+        """Take the model's weights as they are now and, where given, other observations.
+
+        In training this costs less than a new callable: captured CUDA graphs stay in use.
+
+        :param x: the next minibatch, ``[B, P]``; B may differ from before.
+        :return: the callable itself.
+        :raises ValueError: when x is not binary or not ``[B, P]``.
+        """
+        if x is not None:
+            self._observe(x)
         if self._pack is not None:
             fresh = self._pack()
             for packed in self._packed:  # in place, where captured graphs read them
                 for old, new in zip(itertools.chain(*packed), itertools.chain(*fresh), strict=True):
                     old.copy_(new)
         self._versions = self._weight_versions()
+        return self
 
     def _weight_versions(self) -> list[tuple[int, int]]:
         weights = itertools.chain(self._model.parameters(), self._model.buffers())
@@ -246,7 +266,7 @@ class LogLikelihoodAndGrad:
 
         Yields where the chunk is, its chains, and which row of x belongs to each chain.
         """
-        latent_dim, num_images = self._model.latent_dim, self._num_images
+        latent_dim, num_images = self._model.latent_dim, len(self._data)
         if z.shape[-1:] != (latent_dim,) or (num_images > 1 and z.shape[-2:-1] != (num_images,)):
             raise ValueError(
                 f"z must be [..., B, D] with B = {num_images} and D = {latent_dim}; "
@@ -280,21 +300,20 @@ def _is_bernoulli(model: LatentVariableModel) -> bool:
     )
 
 
-def _autograd(model: LatentVariableModel, x: Tensor) -> tuple[Callable, Callable]:
+def _autograd(model: LatentVariableModel) -> tuple[Callable, Callable]:
     """The log-likelihood, without and with its gradient, through the model itself."""
     # Through the logits, a trajectory that diverged has log-likelihood nan, which a sampler
     # rejects; the distribution's own checks would raise an error, and cost time.
     if _is_bernoulli(model):
-        signs = 2.0 * x - 1.0
 
-        def value(z: Tensor, rows: Tensor) -> Tensor:
-            return F.logsigmoid(model.logits(z) * signs[rows]).sum(-1)
+        def value(z: Tensor, signs: Tensor) -> Tensor:
+            return F.logsigmoid(model.logits(z) * signs).sum(-1)
     else:
 
-        def value(z: Tensor, rows: Tensor) -> Tensor:
-            return model.log_likelihood(x[rows], z)
+        def value(z: Tensor, x: Tensor) -> Tensor:
+            return model.log_likelihood(x, z)
 
-    return value, lambda z, rows: value_and_grad(lambda z: value(z, rows), z)
+    return value, lambda z, data: value_and_grad(lambda z: value(z, data), z)
 
 
 # --- the chain rule, written out -----------------------------------------------------------------
@@ -601,7 +620,6 @@ def _compile(
             value, grad = compiled(weights, z, signs)
             return (value[:-missing], grad[:-missing]) if missing else (value, grad)
 
-        signs = signs.contiguous()
         torch._dynamo.maybe_mark_dynamic(z, 0)  # one compilation for all numbers of chains
         torch._dynamo.maybe_mark_dynamic(signs, 0)
         try:
