@@ -182,7 +182,7 @@ def test_chapters_are_executed_again_by_content(toy_book):
 
 def test_a_failing_cell_stops_the_build_and_is_shown(toy_book):
     append(toy_book / "notebooks" / "01_one.py", '\n# %%\nraise ValueError("too small")\n')
-    with pytest.raises(AssertionError, match=r"01_one: failed in cell \[5\]") as failure:
+    with pytest.raises(AssertionError, match=r"01_one: failed in cell \[4\]") as failure:
         build(toy_book, "chapters")
     assert "ValueError: too small" in str(failure.value)
     assert not (toy_book / "book/chapters/01_one.ipynb").exists()
