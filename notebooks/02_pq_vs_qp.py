@@ -1059,7 +1059,7 @@ for num_particles in (1, 2):
 # ```{solution-end}
 # ```
 #
-# ```{exercise} Twenty components (a project)
+# ```{exercise} Twenty components, a project
 # :label: ex-pq-project
 # {cite:t}`le2019rws` learn the weights of a mixture with twenty components, $c \sim \operatorname{Discrete}(\theta)$, $x \mid c \sim \mathcal{N}(10 c, 5^2)$, from data, with a network $q(c \mid x)$.
 # Train it with `wake_theta_loss` and `wake_phi_loss` for $K = 2, 5, 10, 20$, and with the score function on $\mathcal{L}_K$. Plot the error of $\theta$ against $K$ for ten seeds. Which method does {numref}`fig-pq-snr` predict to win?
