@@ -324,7 +324,7 @@ plt.show()
 # ## Example 2: a mixture, and a family that is too small
 #
 # Back to the two clusters, now for all $x$ at once.
-# Two networks give $q_\phi(z \mid x) = \mathcal{N}\bigl(z;\, m_\phi(x),\, s_\phi(x)^2\bigr)$; the note calls them $\eta^1$ and $\eta^2$, and its second output is the variance $s^2$.
+# A network with two outputs gives $q_\phi(z \mid x) = \mathcal{N}\bigl(z;\, m_\phi(x),\, s_\phi(x)^2\bigr)$. The note has a network for each, $\eta^1$ and $\eta^2$, and its second one returns the variance $s^2$.
 # The exact optimum of each loss is known for every $x$. With $P_c(x) = P(c \mid x)$ and component posteriors $\mathcal{N}(\mu_c(x), \tfrac{100}{101})$, $\mu_c(x) = (100 \mu_c + x) / 101$:
 #
 # $$
