@@ -433,7 +433,7 @@ for bound in (30.0, 40.0):
 exact = mixture.posterior(x_test).stddev[-2:]
 ratio_narrow, ratio_wide = (at(q, x_test).stddev[:, -2:] / exact for q in (cover, wide))
 claim("pq on p(x): scales at x = 50 and 80 at least 50 % too wide", ratio_narrow.min() > 1.5)
-claim("pq on the wide proposal: within 20 %", (ratio_wide - 1).abs().max() < 0.2)
+claim("pq on the wide proposal: within 10 %", (ratio_wide - 1).abs().max() < 0.1)
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-mixture", "caption": "Example 2, every seed. Top: posterior (filled) and learned Gaussians at five observations: pq covers, qp seeks, and at $x = 50$, with one mode left, pq is still too wide. Bottom: the network outputs against $x$; wide pale lines are the optima {eq}`eq-pq-optima`. Dotted: pq trained on the wide proposal. Shaded: the two densities of training observations, not to one scale. The scale drops where training looks."}, "image": {"alt": "Top: five panels for x from 0 to 50. The posterior goes from two equal peaks to one; pq Gaussians are wide and centred between the peaks, qp Gaussians sit on the larger peak. Bottom left: pq means follow an S-shaped curve, qp means jump from minus 5 to plus 5 at zero. Bottom right: qp scales are constant near 1; pq scales peak at 5 and follow their optimum to about x = 30, then stay near 2.7, while those trained on the wide proposal follow it down to 1."}}
 x_wide = torch.linspace(-80, 80, 321).unsqueeze(-1)
