@@ -14,7 +14,7 @@
 # %% [markdown]
 # # Evaluation you can trust: annealed importance sampling and HAIS
 #
-# *About forty seconds on two cores. You need the evidence lower bound and Hamiltonian Monte Carlo, as {doc}`/chapters/01_vi_recap` leaves them.*
+# *Under a minute on two cores. You need the evidence lower bound and Hamiltonian Monte Carlo, as {doc}`/chapters/01_vi_recap` leaves them.*
 #
 # ```{admonition} What you will be able to do
 # :class: tip
@@ -467,7 +467,7 @@ worst = max(ratios, key=lambda r: r.mean)
 print("some adapting rule overestimates p(x):", worst.mean - 1 > 4 * worst.se)
 
 # %% [markdown]
-# An estimate of $p(x)$ that is too high *on average* is no lower bound. A factor of 1.02 is hard to tell from none in the table, and averaging the acceptance over many chains, as {cite:t}`wu2017decoders` do, makes the effect smaller still. But no theorem limits it, and no diagnostic shows it. The remedy costs one short run. A *pilot* adapts; its steps are frozen; a new run with new random numbers is reported. {py:func}`amortised.ais.tune_step_size` is the pilot.
+# An estimate of $p(x)$ that is too high *on average* is no lower bound. A factor of 1.02 is hard to tell from none in the table, and {cite:t}`wu2017decoders` average the acceptance over many chains, which ties a step less closely to any one of them. But no theorem limits the effect. The remedy costs one short run. A *pilot* adapts; its steps are frozen; a new run with new random numbers is reported. {py:func}`amortised.ais.tune_step_size` is the pilot.
 #
 # ## A trained decoder
 #
