@@ -474,7 +474,7 @@ print("some adapting rule overestimates p(x):", worst.mean - 1 > 4 * worst.se)
 # Now the decoder of this book: 32 latents, three transposed convolutions, trained as a variational auto-encoder. Its weights are in the repository, with a record of how they were made.
 
 # %%
-folder = data.data_folder() / "models" / "vae_recap"
+folder = data.data_folder() / "models" / "reference"
 decoder = evaluation.load_module(folder / "vae-laptop-seed0-decoder.safetensors", device)
 encoder = evaluation.load_module(folder / "vae-laptop-seed0-encoder.safetensors", device)
 for module in (decoder, encoder):
@@ -602,7 +602,7 @@ print(f"certified to {gap_mine.mean:.2f} ± {gap_mine.se:.2f} nats on its own sa
 # For a file of weights there is a command, which shows its progress, can be stopped at any moment, and goes on where it was:
 #
 # ```bash
-# python -m amortised.evaluation data/models/vae_recap/vae-laptop-seed0-decoder.safetensors --images 1000
+# python -m amortised.evaluation data/models/reference/vae-laptop-seed0-decoder.safetensors --images 1000
 # ```
 #
 # ## Summary

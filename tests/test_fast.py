@@ -363,7 +363,7 @@ def test_low_precision_forces_come_with_exact_energies(route, dtype, tolerance):
 def test_low_precision_energies_on_trained_weights():
     """What the option without exact energies costs, in nats, on the decoder of chapter 1."""
     model = ConvBernoulli()
-    path = Path(__file__).parents[1] / "data/models/vae_recap/vae-laptop-seed0-decoder.safetensors"
+    path = Path(__file__).parents[1] / "data/models/reference/vae-laptop-seed0-decoder.safetensors"
     load_weights(path, model, {"class": "ConvBernoulli", "latent_dim": 32})
     x, z = model.sample(2000)
     for dtype, bias, spread in [(torch.float16, 0.001, 0.02), (torch.bfloat16, 0.01, 0.15)]:

@@ -2,7 +2,7 @@
 
     python -m amortised.evaluation WEIGHTS --images 100 --output ll.json
     python -m amortised.evaluation WEIGHTS --simulated 20 --output bounds.json
-    python workflow/record_evaluation.py WEIGHTS vae_recap vae laptop ll.json bounds.json
+    python workflow/record_evaluation.py WEIGHTS reference vae laptop ll.json bounds.json
 
 Writes data/results/STUDY/ROW-SCALE-seedK.json and its per-image values. Every metric keeps the
 number of images behind it; the configuration holds that of the training and of each evaluation.

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=MODELS / "vae_recap", help="folder")
+    parser.add_argument("--output", type=Path, default=MODELS / "reference", help="folder")
     parser.add_argument("--name", default="vae-laptop", help="row and scale, for the file names")
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/vae.safetensors"))
     options = parser.parse_args()
