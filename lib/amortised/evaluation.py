@@ -24,6 +24,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ from .models import BernoulliDecoder, LatentVariableModel
 from .numerics import effective_sample_size, log_mean_exp
 from .objectives import elbo
 from .training import (
+    OutOfTimeError,
     checkpoint_lock,
     cosine_decay,
     fit,
@@ -156,6 +158,7 @@ def importance_sampling_ll(
     seed: int = 0,
     checkpoint: str | os.PathLike | None = None,
     config: Mapping[str, object] | None = None,
+    max_seconds: float | None = None,
     progress: bool = False,
 ) -> LikelihoodEstimate:
     r"""Importance sampling from a proposal, with memory that does not grow with K.
@@ -174,10 +177,13 @@ def importance_sampling_ll(
     :param checkpoint: file to keep finished blocks in; an existing one is gone on from.
     :param config: plain values that define the run beyond the arguments; a checkpoint with other
         values is refused.
+    :param max_seconds: stop after the block of images that passes this time.
     :param progress: show a progress bar.
     :raises ValueError: for bad input, or a checkpoint of another evaluation.
     :raises FloatingPointError: for a weight that is ``nan`` or ``+inf``, naming the block and the
         image in it.
+    :raises amortised.training.OutOfTimeError: when ``max_seconds`` ended it early; finished blocks
+        are in the checkpoint.
 
     Source: Burda, Grosse and Salakhutdinov (2016), who take K = 5000.
 
@@ -224,6 +230,7 @@ def importance_sampling_ll(
         settings=_settings("importance sampling", model, x, config, num_samples=num_samples,
                            seed=seed, proposal=_digest(proposal)),
         checkpoint=checkpoint,
+        max_seconds=max_seconds,
         progress=progress,
     )  # fmt: skip
     return LikelihoodEstimate(
@@ -250,6 +257,7 @@ def hais_ll(
     chunk_size: int | None = None,
     checkpoint: str | os.PathLike | None = None,
     config: Mapping[str, object] | None = None,
+    max_seconds: float | None = None,
     progress: bool = False,
 ) -> LikelihoodEstimate:
     r"""Annealed importance sampling: a pilot that tunes step sizes, then the run that is reported.
@@ -282,9 +290,12 @@ def hais_ll(
     :param checkpoint: file to keep finished blocks in; an existing one is gone on from.
     :param config: plain values that define the run beyond the arguments; a checkpoint with other
         values is refused.
+    :param max_seconds: stop after the block of images that passes this time.
     :param progress: show a progress bar.
     :raises ValueError: for bad input, or a checkpoint of another evaluation.
     :raises FloatingPointError: as :func:`amortised.ais.ais`, naming the block and the image in it.
+    :raises amortised.training.OutOfTimeError: when ``max_seconds`` ended it early; finished blocks
+        are in the checkpoint.
 
     Source: Wu, Burda, Salakhutdinov and Grosse (2017), with the adaptation moved to a
     pilot; Sohl-Dickstein and Culpepper (2012) for the carried momentum.
@@ -332,6 +343,7 @@ def hais_ll(
             route=_digest(route), dtype=_digest(dtype), exact_energies=exact_energies, **dynamics,
         ),
         checkpoint=checkpoint,
+        max_seconds=max_seconds,
         progress=progress,
     )  # fmt: skip
     return LikelihoodEstimate(**values, num_samples=num_chains, seconds=seconds)
@@ -355,6 +367,7 @@ def bdmc_ll(
     chunk_size: int | None = None,
     checkpoint: str | os.PathLike | None = None,
     config: Mapping[str, object] | None = None,
+    max_seconds: float | None = None,
     progress: bool = False,
 ) -> BDMCEstimate:
     r"""Certify :func:`hais_ll` at the same settings, on data that the model itself generates.
@@ -422,6 +435,7 @@ def bdmc_ll(
             exact_energies=exact_energies, **dynamics,
         ),
         checkpoint=checkpoint,
+        max_seconds=max_seconds,
         progress=progress,
     )  # fmt: skip
     return BDMCEstimate(**values, x=x.cpu(), num_samples=num_chains, seconds=seconds)
@@ -438,6 +452,7 @@ def fit_gaussian_proposal(
     encoder: nn.Module | None = None,
     dynamic_binarisation: bool = True,
     checkpoint: str | os.PathLike | None = None,
+    max_seconds: float | None = None,
     progress: bool = False,
 ) -> nn.Module:
     r"""A Gaussian proposal r(z given x) for a trained model, its decoder frozen.
@@ -457,8 +472,10 @@ def fit_gaussian_proposal(
     :param dynamic_binarisation: read ``images`` as grey values and draw binary ones anew at each
         visit; otherwise use them as they are.
     :param checkpoint: file to keep the state in; an existing one is gone on from.
+    :param max_seconds: stop after the step that passes this time.
     :param progress: show a progress bar, if the standard error is a terminal.
     :return: the trained encoder.
+    :raises amortised.training.OutOfTimeError: when ``max_seconds`` ended it early.
     :raises ValueError: for bad input; other errors are those of :func:`amortised.training.fit`.
 
     >>> model = models.LinearGaussian(torch.ones(2, 1), torch.zeros(2), 1.0)
@@ -482,7 +499,7 @@ def fit_gaussian_proposal(
             x = data.binarise(batch) if dynamic_binarisation else batch
             return -elbo(model, encoder(x), x, analytic_kl=True)
 
-        fit(
+        run = fit(
             gradient_step(loss_fn, optimizer, scheduler),
             images,
             epochs=epochs,
@@ -498,8 +515,11 @@ def fit_gaussian_proposal(
                 "dynamic_binarisation": dynamic_binarisation,
                 "seed": seed,
             },
+            max_seconds=max_seconds,
             progress=progress,
         )
+    if not run.finished:
+        raise OutOfTimeError(f"max_seconds passed after {run.num_steps} steps of the proposal")
     return encoder
 
 
@@ -612,11 +632,15 @@ def _by_block(
     steps_per_block: int,
     settings: dict[str, object],
     checkpoint: str | os.PathLike | None,
+    max_seconds: float | None,
     progress: bool,
 ) -> tuple[dict[str, Tensor], float]:
     """Evaluate each block of images once, keeping what is finished; values and seconds."""
+    blocks = partial(
+        _remaining_blocks, evaluate, x, steps_per_block, max_seconds=max_seconds, progress=progress
+    )
     if checkpoint is None:
-        return _remaining_blocks(evaluate, x, steps_per_block, {}, 0.0, lambda *_: None, progress)
+        return blocks({}, 0.0, lambda *_: None)
     path = Path(checkpoint)
     with checkpoint_lock(path):
         values, seconds = _finished(path, settings)
@@ -624,7 +648,7 @@ def _by_block(
         def keep(values: dict[str, Tensor], seconds: float) -> None:
             write_checkpoint(path, {"settings": settings, "values": values, "seconds": seconds})
 
-        return _remaining_blocks(evaluate, x, steps_per_block, values, seconds, keep, progress)
+        return blocks(values, seconds, keep)
 
 
 def _remaining_blocks(
@@ -634,10 +658,12 @@ def _remaining_blocks(
     values: dict[str, Tensor],
     seconds: float,
     keep: Callable[[dict[str, Tensor], float], None],
+    max_seconds: float | None,
     progress: bool,
 ) -> tuple[dict[str, Tensor], float]:
     done = len(next(iter(values.values()))) if values else 0
     started = time.monotonic() - seconds
+    stop = math.inf if max_seconds is None else seconds + max_seconds
     with tqdm(
         total=math.ceil(len(x) / BLOCK_SIZE) * steps_per_block,
         initial=math.ceil(done / BLOCK_SIZE) * steps_per_block,
@@ -660,6 +686,10 @@ def _remaining_blocks(
             }
             seconds = time.monotonic() - started
             keep(values, seconds)
+            if seconds >= stop and first + BLOCK_SIZE < len(x):
+                raise OutOfTimeError(
+                    f"max_seconds passed after {first + BLOCK_SIZE} of {len(x)} images"
+                )
     return values, seconds
 
 
@@ -878,7 +908,7 @@ def _evaluate_file(options: argparse.Namespace) -> None:
         )
     } | {"checkpoint": _beside(output, ".ais.partial"), "config": config, "progress": True}
     annealing["dtype"] = None if options.dtype is None else getattr(torch, options.dtype)
-    partial = [annealing["checkpoint"]]
+    unfinished = [annealing["checkpoint"]]
     if options.simulated is not None:
         bounds = bdmc_ll(model, options.simulated, **annealing)
         seconds = bounds.seconds
@@ -903,14 +933,14 @@ def _evaluate_file(options: argparse.Namespace) -> None:
             "acceptance_rate": estimate.acceptance_rate,
         }
         if proposal is not None:
-            partial.append(_beside(output, ".is.partial"))
+            unfinished.append(_beside(output, ".is.partial"))
             sampled = importance_sampling_ll(
                 model,
                 proposal,
                 x,
                 num_samples=options.num_samples,
                 seed=options.seed,
-                checkpoint=partial[-1],
+                checkpoint=unfinished[-1],
                 config=config,
                 progress=True,
             )
@@ -933,7 +963,7 @@ def _evaluate_file(options: argparse.Namespace) -> None:
     }
     data.atomic_write(output.with_suffix(".per_image.safetensors"), content)
     data.atomic_write(output, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
-    for path in partial:
+    for path in unfinished:
         path.unlink(missing_ok=True)
         _beside(path, ".previous").unlink(missing_ok=True)
     for name, metric in metrics.items():

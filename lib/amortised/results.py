@@ -579,15 +579,22 @@ def _load_per_image(path: Path, record: Mapping) -> dict[str, Tensor]:
 
 
 def save_weights(
-    path: str | Path, module: nn.Module, architecture: Mapping, details: Mapping | None = None
+    path: str | Path,
+    module: nn.Module,
+    architecture: Mapping,
+    details: Mapping | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Save a decoder or an encoder as safetensors that say what they are weights of.
 
     :param path: file to write, atomically.
-    :param module: its parameters and buffers are saved, on the CPU and in their dtype.
+    :param module: its parameters and buffers are saved, from any device.
     :param architecture: what one needs to build ``module`` again, for instance
         ``{"class": "ConvBernoulli", "latent_dim": 32}``; :func:`load_weights` compares it.
     :param details: anything else worth keeping, for instance the provenance.
+    :param dtype: type to store floating-point tensors in; their own by default. Evaluate the module
+        as :func:`load_weights` gives it back, if the numbers shall belong to the file.
     :raises TypeError: if ``architecture`` or ``details`` holds a value that is no JSON.
     :raises ValueError: if a weight is not finite; the tensors are named.
     :raises OSError: if the file cannot be written; one that was there stays.
@@ -602,7 +609,10 @@ def save_weights(
     >>> bool((layer.weight == again.weight).all())
     True
     """
-    tensors = {name: value.detach().cpu() for name, value in module.state_dict().items()}
+    tensors = {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else None)
+        for name, value in module.state_dict().items()
+    }
     bad = [
         name
         for name, value in tensors.items()
@@ -620,6 +630,8 @@ def save_weights(
 
 def load_weights(path: str | Path, module: nn.Module, architecture: Mapping) -> dict:
     """Load weights into a module that is the one they belong to, and into no other.
+
+    Half-precision tensors go into a float32 module, where every one of their values is exact.
 
     :param path: a file of :func:`save_weights`.
     :param module: changed in place, only once everything fits.
@@ -658,6 +670,9 @@ def load_weights(path: str | Path, module: nn.Module, architecture: Mapping) -> 
         if written.get(key, absent) != wanted.get(key, absent)
     ]
     state = module.state_dict()
+    for name in tensors.keys() & state.keys():
+        if (tensors[name].dtype, state[name].dtype) == (torch.float16, torch.float32):
+            tensors[name] = tensors[name].float()
     for name in sorted(tensors.keys() | state.keys()):
         found, needed = (
             f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"

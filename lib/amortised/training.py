@@ -40,6 +40,7 @@ __all__ = [
     "CheckpointLockedError",
     "FitResult",
     "NonFiniteError",
+    "OutOfTimeError",
     "checkpoint_lock",
     "cosine_decay",
     "fit",
@@ -92,6 +93,10 @@ class NonFiniteError(FloatingPointError):
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read, or belongs to a different run."""
+
+
+class OutOfTimeError(RuntimeError):
+    """The time that was granted has passed before the end; what is done so far is kept."""
 
 
 class CheckpointLockedError(RuntimeError):

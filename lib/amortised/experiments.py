@@ -1,0 +1,601 @@
+r"""The experiment engine: a row of ``workflow/experiments.yaml`` becomes a result.
+
+.. code-block:: none
+
+    python -m amortised.experiments list
+    python -m amortised.experiments run amc_table1 vae --seed 0 --scale laptop
+
+A *study* is a table of the book. Its *rows* are trained and evaluated by the study's recipe (a
+function of :mod:`amortised.recipes`) at a *scale*, once for each *seed*. The options of a run are
+those of the study's ``common`` block, overridden by its scale and then by its row; every option of
+the recipe must be there, and nothing else. Nothing starts before the whole file has been checked.
+
+A finished run is ``data/results/<study>/<row>-<scale>-seed<k>.json`` with values per image beside
+it, and, where the study says so, weights in ``data/models``. While it is at work it keeps
+checkpoints in ``checkpoints/<study>/<row>-<scale>-seed<k>-<hash>``. Stopped at any moment, by
+``--max-minutes``, Ctrl-C or ``kill -9``, the same command goes on from the last checkpoint and ends
+with the numbers of a run that was left alone. A run is
+
+=========== ===================================================================================
+missing     when there is neither a result nor a checkpoint
+partial     when there are checkpoints
+done        when the result was made with the options and the recipe version that are asked for now
+stale       when it was made with others: running it makes it anew
+failed      when training or evaluation left the numbers; its result says where and why
+=========== ===================================================================================
+
+It imports torch, numpy, safetensors, PyYAML and tqdm, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+
+from . import checks, data, results
+from .recipes import RECIPES, Outcome, Run
+from .training import (
+    CheckpointLockedError,
+    OutOfTimeError,
+    checkpoint_lock,
+    read_checkpoint,
+)
+
+__all__ = [
+    "SCALES",
+    "Experiment",
+    "ExperimentError",
+    "State",
+    "Study",
+    "load_studies",
+    "main",
+    "run_experiment",
+    "select",
+    "state_of",
+]
+
+SCALES = ("laptop", "full")
+"""``laptop``: minutes on one core, three seeds. ``full``: the sizes of the sources, on a GPU."""
+
+EXIT_FAILED, EXIT_USAGE, EXIT_OUT_OF_TIME = 1, 2, 3
+
+
+class ExperimentError(ValueError):
+    """The file of studies, or what was asked for, cannot be used; the message lists choices."""
+
+
+class Experiment(NamedTuple):
+    """One run that can be asked for.
+
+    :ivar config: its options, complete and checked.
+    :ivar keep: roles of the networks whose weights of seed 0 go to ``data/models``.
+    :ivar needs: the run of another row, of the same scale and seed, whose weights it builds on, or
+        None. Options ``trained_study`` and ``trained`` name it.
+    """
+
+    study: str
+    row: str
+    scale: str
+    seed: int
+    recipe: str
+    recipe_version: int
+    config: dict
+    keep: tuple[str, ...]
+    needs: Experiment | None
+
+    @property
+    def name(self) -> str:
+        """``study/row-scale-seedK``."""
+        return f"{self.study}/{self.row}-{self.scale}-seed{self.seed}"
+
+
+class Study(NamedTuple):
+    """A study: what it is about, and every run of it, in the order of the file."""
+
+    name: str
+    title: str
+    experiments: tuple[Experiment, ...]
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the rows, in the order of the file."""
+        return tuple(dict.fromkeys(experiment.row for experiment in self.experiments))
+
+
+class State(NamedTuple):
+    """Where a run stands: ``missing``, ``partial``, ``done``, ``stale`` or ``failed``.
+
+    :ivar word: one of these.
+    :ivar record: the result that is on disk, if there is one.
+    """
+
+    word: str
+    record: dict | None
+
+
+class Places(NamedTuple):
+    """Folders of results, of committed weights, and of checkpoints."""
+
+    results: Path
+    models: Path
+    checkpoints: Path
+
+    @classmethod
+    def of_the_project(cls) -> Places:
+        root = data.data_folder().parent
+        return cls(root / "data/results", root / "data/models", root / "checkpoints")
+
+    def result(self, experiment: Experiment) -> Path:
+        return results.result_path(self.results, *experiment[:4])
+
+    def work(self, experiment: Experiment) -> Path:
+        """Checkpoints of other options, or of an older recipe, are never gone on from."""
+        digest = results.config_hash(
+            {"config": experiment.config, "recipe_version": experiment.recipe_version}
+        )
+        return self.checkpoints / f"{experiment.name}-{digest[:8]}"
+
+    def weights(self, experiment: Experiment, role: str) -> Path:
+        """Weights stay with the checkpoints, for rows that build on them."""
+        return self.work(experiment) / f"{role}.safetensors"
+
+    def kept_weights(self, experiment: Experiment, role: str) -> Path:
+        return self.models / f"{experiment.name}-{role}.safetensors"
+
+
+# --- the file of studies -------------------------------------------------------------------------
+
+
+def load_studies(path: str | os.PathLike | None = None) -> dict[str, Study]:
+    """Read and check a file of studies.
+
+    :param path: YAML; by default ``workflow/experiments.yaml`` of the project.
+    :return: the studies by name.
+    :raises ExperimentError: with every fault: unknown keys, recipes, options or scales, options
+        that are missing or out of range, each with the choices.
+
+    >>> studies = load_studies()
+    >>> studies["amc_table1"].rows[0]
+    'vae'
+    """
+    if path is None:
+        path = data.data_folder().parent / "workflow/experiments.yaml"
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExperimentError(f"there is no file of studies {path}") from None
+    except yaml.YAMLError as error:
+        raise ExperimentError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, dict) or set(content) != {"studies"}:
+        raise ExperimentError(f"{path} must hold one key, 'studies'")
+    faults: list[str] = []
+    studies = {name: _read_study(name, block, faults) for name, block in content["studies"].items()}
+    studies = {name: _with_needs(study, studies, faults) for name, study in studies.items()}
+    if faults:
+        raise ExperimentError(f"{path} cannot be used:\n  " + "\n  ".join(faults))
+    return studies
+
+
+_STUDY_KEYS = {"title", "recipe", "recipe_version", "seeds", "common", "scales", "rows"}
+_ROW_KEYS = {"scales", "seeds", "keep"}
+
+
+def _read_study(name: str, block: object, faults: list[str]) -> Study:
+    where = f"studies.{name}"
+    empty = Study(name, "", ())
+    if not isinstance(block, dict) or set(block) != _STUDY_KEYS:
+        found = ", ".join(block) if isinstance(block, dict) else repr(block)
+        faults.append(f"{where}: must have the keys {', '.join(sorted(_STUDY_KEYS))}; got {found}")
+        return empty
+    if block["recipe"] not in RECIPES:
+        faults.append(f"{where}.recipe: must be one of {', '.join(RECIPES)}; got {block['recipe']}")
+        return empty
+    problem = checks.integer(1)(block["recipe_version"])
+    if problem:
+        faults.append(f"{where}.recipe_version: must be {problem}; got {block['recipe_version']!r}")
+    unknown = [scale for scale in block["scales"] if scale not in SCALES]
+    if unknown:
+        faults.append(f"{where}.scales: must be of {', '.join(SCALES)}; got {', '.join(unknown)}")
+        return empty
+    experiments = []
+    for row, settings in block["rows"].items():
+        experiments += _read_row(name, block, row, settings or {}, faults)
+    return Study(name, block["title"], tuple(experiments))
+
+
+def _read_row(
+    study: str, block: dict, row: str, settings: dict, faults: list[str]
+) -> list[Experiment]:
+    """The runs of one row: each of its scales with each of its seeds."""
+    where = f"studies.{study}.rows.{row}"
+    scales = settings.get("scales", list(block["scales"]))
+    seeds = settings.get("seeds", block["seeds"])
+    own = {key: value for key, value in settings.items() if key not in _ROW_KEYS}
+    for scale in scales:
+        if scale not in block["scales"]:
+            faults.append(f"{where}.scales: {scale!r} is no scale of this study")
+            return []
+    bad_seeds = [seed for seed in seeds if checks.integer(0)(seed)]
+    if not seeds or bad_seeds:
+        faults.append(f"{where}: seeds must be integers from 0; got {seeds}")
+        return []
+    _, options, conflict = RECIPES[block["recipe"]]
+    experiments = []
+    for scale in scales:
+        config = block["common"] | block["scales"][scale] | own
+        faults += [
+            f"{where}: option {key!r} is unknown. Options: {', '.join(options)}"
+            for key in config.keys() - options
+        ]
+        for key, specification in options.items():
+            if key not in config:
+                faults.append(f"{where}: option {key!r} is missing at scale {scale}")
+            elif problem := specification(config[key]):
+                faults.append(f"{where}: {key} = {config[key]!r} must be {problem}")
+        if not faults and (problem := conflict(config)):
+            faults.append(f"{where}: {problem}")
+        for seed in seeds:
+            experiments.append(
+                Experiment(
+                    study,
+                    row,
+                    scale,
+                    seed,
+                    block["recipe"],
+                    block["recipe_version"],
+                    config,
+                    tuple(settings.get("keep", ())),
+                    None,
+                )
+            )
+    return experiments
+
+
+def _with_needs(study: Study, studies: Mapping[str, Study], faults: list[str]) -> Study:
+    """The study, each of its runs tied to the run whose weights it builds on."""
+    experiments = []
+    for experiment in study.experiments:
+        wanted = (
+            experiment.config.get("trained_study"),
+            experiment.config.get("trained"),
+            experiment.scale,
+            experiment.seed,
+        )
+        trained = None
+        if wanted[0] is not None:
+            others = studies[wanted[0]].experiments if wanted[0] in studies else ()
+            trained = next((other for other in others if other[:4] == wanted), None)
+            if trained is None:
+                faults.append(f"{experiment.name}: there is no run {wanted} to build on")
+        experiments.append(experiment._replace(needs=trained))
+    return study._replace(experiments=tuple(experiments))
+
+
+def select(
+    studies: Mapping[str, Study],
+    study: str | None = None,
+    row: str | None = None,
+    *,
+    scale: str | None = None,
+    seed: int | None = None,
+) -> list[Experiment]:
+    """The runs that fit, in the order of the file but seed by seed.
+
+    :raises ExperimentError: for a name that does not exist, or if nothing fits; with the choices.
+
+    >>> [run.name for run in select(load_studies(), "vae_recap", "vae", scale="laptop", seed=0)]
+    ['vae_recap/vae-laptop-seed0']
+    """
+    if study is not None and study not in studies:
+        raise ExperimentError(f"unknown study {study!r}; studies: {', '.join(studies)}")
+    chosen = list(studies.values()) if study is None else [studies[study]]
+    rows = [name for one in chosen for name in one.rows]
+    if row is not None and row not in rows:
+        raise ExperimentError(f"unknown row {row!r} of {study}; rows: {', '.join(rows)}")
+    if scale is not None and scale not in SCALES:
+        raise ExperimentError(f"unknown scale {scale!r}; scales: {', '.join(SCALES)}")
+    found = [
+        experiment
+        for one in chosen
+        for experiment in one.experiments
+        if (row in (None, experiment.row) and scale in (None, experiment.scale))
+    ]
+    if seed is not None and all(seed != experiment.seed for experiment in found):
+        seeds = sorted({experiment.seed for experiment in found})
+        raise ExperimentError(
+            f"there is no run with seed {seed}; seeds: {', '.join(map(str, seeds)) or 'none'}"
+            + (f" (row {row} has no runs at scale {scale})" if not found else "")
+        )
+    found = [experiment for experiment in found if seed in (None, experiment.seed)]
+    if not found:
+        raise ExperimentError(f"row {row} has no runs at scale {scale}")
+    order = {name: index for index, name in enumerate(studies)}
+    return sorted(found, key=lambda e: (order[e.study], e.scale != "laptop", e.seed))
+
+
+# --- one run -------------------------------------------------------------------------------------
+
+
+def state_of(experiment: Experiment, places: Places | None = None) -> State:
+    """Where a run stands, from what is on disk.
+
+    :raises amortised.results.ResultError: if its result is damaged.
+    """
+    places = places or Places.of_the_project()
+    path, record = places.result(experiment), None
+    if path.exists():
+        record = results.load_result(path).record
+        is_current = (
+            record["config_hash"] == results.config_hash(experiment.config)
+            and record["recipe_version"] == experiment.recipe_version
+        )
+        if is_current and record["status"] in ("done", "failed"):
+            return State(record["status"], record)
+    if any(places.work(experiment).glob("*.checkpoint")):
+        return State("partial", record)
+    return State("missing" if record is None else "stale", record)
+
+
+def run_experiment(
+    experiment: Experiment,
+    *,
+    device: str = "cpu",
+    stop_at: float = float("inf"),
+    places: Places | None = None,
+    again: bool = False,
+    progress: bool = False,
+) -> State:
+    """Train and evaluate one run, or go on with it, and write its result.
+
+    :param device: where to compute.
+    :param stop_at: value of ``time.monotonic()`` at which to stop at a checkpoint.
+    :param places: folders; those of the project by default.
+    :param again: make a run that is done once more, for instance for its weights.
+    :param progress: show progress bars.
+    :return: its state afterwards: done or failed.
+    :raises OutOfTimeError: when ``stop_at`` has come; what is done so far is kept.
+    :raises CheckpointLockedError: when another process is at work on this run.
+    :raises ExperimentError: when the device is none, or the weights it builds on are not there.
+    :raises OSError: when results cannot be written; found out before any work starts.
+    """
+    places = places or Places.of_the_project()
+    problem = checks.device()(device)
+    if problem:
+        raise ExperimentError(f"device {device!r}: must be {problem}")
+    state = state_of(experiment, places)
+    if state.word == "done" and not again:
+        return state
+    _check_writable(places.results / experiment.study)
+    if experiment.keep and experiment.seed == 0:
+        _check_writable(places.models / experiment.study)
+    folder = places.work(experiment)
+    folder.mkdir(parents=True, exist_ok=True)
+    with checkpoint_lock(folder / "run"):
+        state = state_of(experiment, places)  # another process may have ended it just now
+        if state.word == "done" and not again:
+            return state
+        started, cpu_started = time.time(), time.process_time()
+        is_resumed = any(folder.glob("*.checkpoint"))
+        run = Run(
+            *experiment[:4],
+            config=experiment.config,
+            device=torch.device(device),
+            folder=folder,
+            stop_at=stop_at,
+            weights_of=partial(_weights_of, experiment, places),
+            progress=progress,
+        )
+        record = {
+            **dict(zip(("study", "row", "scale", "seed"), experiment[:4], strict=True)),
+            "config": experiment.config,
+            "config_hash": results.config_hash(experiment.config),
+            "recipe_version": experiment.recipe_version,
+        }
+        try:
+            with _seeded(experiment.seed, run.device):
+                outcome = RECIPES[experiment.recipe].function(run)
+        except FloatingPointError as error:
+            record |= {"status": "failed", "reason": str(error), "metrics": {}}
+            record["provenance"] = _provenance(run, started)
+            results.save_result(places.results, record)
+            return state_of(experiment, places)
+        facts = _provenance(run, started)
+        cpu_seconds = None if is_resumed else round(time.process_time() - cpu_started, 1)
+        _finish(experiment, places, record, outcome, facts, cpu_seconds)
+        for path in folder.glob("*.checkpoint*"):
+            path.unlink(missing_ok=True)
+    return state_of(experiment, places)
+
+
+def _finish(
+    experiment: Experiment,
+    places: Places,
+    record: dict,
+    outcome: Outcome,
+    facts: dict,
+    cpu_seconds: float | None,
+) -> None:
+    """Write the weights, then the result that vouches for them."""
+    for role, (network, architecture) in outcome.networks.items():
+        path = places.weights(experiment, role)
+        details = {**record, "provenance": facts}
+        results.save_weights(path, network, architecture, details, dtype=torch.float16)
+        if role in experiment.keep and experiment.seed == 0:
+            data.atomic_write(places.kept_weights(experiment, role), path.read_bytes())
+    per_image = {name: values.cpu().float() for name, values in outcome.per_image.items()}
+    record |= {
+        "status": "done",
+        "metrics": results.summarise(per_image),
+        "provenance": facts,
+        "details": {**outcome.details, "cpu_seconds": cpu_seconds},
+    }
+    results.save_result(places.results, record, per_image)
+
+
+def _provenance(run: Run, started: float) -> dict:
+    """Facts of a run; its wall time is the sum over stages and over interrupted parts."""
+    saved = [read_checkpoint(path) for path in sorted(run.folder.glob("*.checkpoint"))]
+    seconds = sum(tree["seconds"] for tree in saved if tree is not None)
+    seconds = max(seconds, time.time() - started)
+    return results.provenance(
+        run.device, started=started, wall_seconds=seconds, datasets=("mnist",)
+    )
+
+
+def _weights_of(experiment: Experiment, places: Places, role: str) -> Path:
+    """Weights of the run that this one builds on: those made here, or those that are committed."""
+    trained = experiment.needs
+    if trained is None:
+        raise ExperimentError(f"{experiment.name} builds on no other run")
+    candidates = [places.weights(trained, role)]
+    state = state_of(trained, places).word
+    if trained.seed == 0 and state == "done":
+        candidates.append(places.kept_weights(trained, role))
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ExperimentError(
+        f"{experiment.name} needs the weights of {trained.name}, which are not here. Make them:\n"
+        f"  python -m amortised.experiments run {trained.study} {trained.row} --seed {trained.seed}"
+        f" --scale {trained.scale}" + (" --again" if state == "done" else "")
+    )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail now, not after hours of work, where a result could not be written."""
+    probe = folder / ".writable"
+    try:
+        data.atomic_write(probe, b"")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot write to {folder} ({error.strerror}); nothing was started"
+        ) from None
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``list`` and ``run``; see the head of this module."""
+    options = _parser().parse_args(arguments)
+    try:
+        studies = load_studies(options.file)
+        if options.command == "list":
+            return _list(studies, options)
+        return _run(studies, options)
+    except CheckpointLockedError as error:
+        return _stop(f"another process is at work on this run: {error}", EXIT_USAGE)
+    except (ExperimentError, results.ResultError, data.DataError, OSError, ValueError) as error:
+        return _stop(str(error), EXIT_USAGE)
+    except KeyboardInterrupt:
+        return _stop("stopped; the same command goes on from the last checkpoint", 130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m amortised.experiments",
+        description="Run the studies of the book and keep what they find in data/results.",
+    )
+    parser.add_argument("--file", type=Path, help="studies; default: workflow/experiments.yaml")
+    commands = parser.add_subparsers(dest="command", required=True)
+    shown = commands.add_parser("list", help="rows with their state and recorded cost")
+    shown.add_argument("study", nargs="?")
+    shown.add_argument("row", nargs="?")
+    shown.add_argument("--scale", help="laptop or full; default: both")
+    shown.add_argument("--seed", type=int)
+    run = commands.add_parser("run", help="make the results that are missing or stale")
+    run.add_argument("study")
+    run.add_argument("row", nargs="?", help="default: all rows")
+    run.add_argument("--scale", default="laptop", help="laptop (default) or full")
+    run.add_argument("--seed", type=int, help="default: all seeds")
+    run.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
+    run.add_argument("--again", action="store_true", help="make runs that are done once more")
+    run.add_argument("--threads", type=int, help="processor threads; default: PyTorch's")
+    run.add_argument(
+        "--max-minutes", type=float, help="stop at a checkpoint after this time, with exit code 3"
+    )
+    return parser
+
+
+def _list(studies: Mapping[str, Study], options: argparse.Namespace) -> int:
+    chosen = select(studies, options.study, options.row, scale=options.scale, seed=options.seed)
+    width = max(len(experiment.name) for experiment in chosen)
+    counts: dict[str, int] = {}
+    for experiment in chosen:
+        state = state_of(experiment)
+        counts[state.word] = counts.get(state.word, 0) + 1
+        print(f"{experiment.name:<{width}}  {state.word:<8} {_cost(state.record)}".rstrip())
+    print(", ".join(f"{count} {word}" for word, count in sorted(counts.items())))
+    return 0
+
+
+def _cost(record: dict | None) -> str:
+    if record is None:
+        return ""
+    facts = record["provenance"]
+    cost = f"{facts['wall_seconds'] / 60:7.1f} min on {facts['device']['name']}"
+    if "threads" in facts["device"]:
+        cost += f", {facts['device']['threads']} thread(s)"
+    return cost + (f": {record['reason']}" if record["status"] == "failed" else "")
+
+
+def _run(studies: Mapping[str, Study], options: argparse.Namespace) -> int:
+    chosen = select(studies, options.study, options.row, scale=options.scale, seed=options.seed)
+    if options.max_minutes is not None and not options.max_minutes > 0:
+        raise ExperimentError(f"--max-minutes {options.max_minutes}: must be greater than 0")
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ExperimentError(f"--threads {options.threads}: must be at least 1")
+        torch.set_num_threads(options.threads)
+    minutes = float("inf") if options.max_minutes is None else options.max_minutes
+    stop_at = time.monotonic() + 60.0 * minutes
+    failed = []
+    for experiment in chosen:
+        try:
+            before = state_of(experiment).word
+            if before != "done":
+                print(f"{experiment.name}: {before}, running", flush=True)
+            state = run_experiment(
+                experiment,
+                device=options.device,
+                stop_at=stop_at,
+                again=options.again,
+                progress=True,
+            )
+        except OutOfTimeError as error:
+            return _stop(
+                f"{experiment.name}: {error}; the same command goes on from here",
+                EXIT_OUT_OF_TIME,
+            )
+        print(f"{experiment.name}: {state.word}, {_cost(state.record).strip()}", flush=True)
+        if state.word == "failed":
+            failed.append(experiment.name)
+    return _stop(f"failed: {', '.join(failed)}", EXIT_FAILED) if failed else 0
+
+
+def _stop(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
