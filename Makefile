@@ -9,14 +9,16 @@ INSTALL := no usable Python among '$(PYTHON)': install Python 3.11 or newer with
 
 BIN := .venv/bin
 PROFILE ?= local
-SNAKEMAKE := $(BIN)/python workflow/locked.py .cache/build.lock \
-	$(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/$(PROFILE)
+GRAPH := $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/$(PROFILE)
+SNAKEMAKE := $(BIN)/python workflow/locked.py .cache/build.lock $(GRAPH)
+STUDIES = $(BIN)/python workflow/locked.py .cache/studies.lock $(GRAPH) experiments $(OPTIONS) \
+	--config study=$(STUDY) row=$(ROW) seed=$(SEED) device=$(DEVICE)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 NB ?= $(basename $(notdir $(wildcard notebooks/[0-9]*.py)))
 
 unexport PYTHONPATH PYTHONHOME
 .DEFAULT_GOAL := help
-.PHONY: help book test site chapters notebooks smoke full coursework bench lock clean environment
+.PHONY: help book test site chapters notebooks smoke laptop full coursework bench lock clean environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,8 +37,8 @@ test: environment ## lint, unit tests, chapters at smoke size, committed outputs
 
 site: book ## the same as book
 
-chapters: environment ## execute the chapters that have changed, into book/chapters
-	@$(SNAKEMAKE) chapters
+chapters: environment ## execute the chapters that have changed, into book/chapters; SIZE=full for a GPU
+	@$(SNAKEMAKE) $(or $(SIZE),chapters)
 
 notebooks: environment ## write their outputs into the committed pairs; NB=01_vi_recap for one
 	@$(SNAKEMAKE) $(NB:%=book/chapters/%.ipynb)
@@ -49,8 +51,12 @@ notebooks: environment ## write their outputs into the committed pairs; NB=01_vi
 smoke: environment ## execute the chapters with params/*.smoke.yaml, into book/_build/smoke
 	@$(SNAKEMAKE) smoke
 
-full: environment ## execute the chapters with params/*.full.yaml, into book/_build/full
-	@$(SNAKEMAKE) full
+laptop: environment ## train and evaluate what is missing or stale at laptop scale; STUDY= ROW= SEED=
+	@$(STUDIES) scale=laptop
+
+full: environment ## the same at full scale, on DEVICE=cuda; PROFILE=slurm for a cluster
+	@$(STUDIES) scale=full
+
 
 coursework: environment ## copies of the chapters without the solutions, in book/_build/coursework
 	@$(BIN)/python workflow/coursework.py book/_build/coursework

@@ -1,0 +1,87 @@
+"""The graph of the studies: each missing or stale result one job, after the weights it builds on.
+
+Included by the Snakefile when the configuration names a scale: `make laptop`, `make full`. What is
+done, stale or missing is for amortised.experiments to say; file times mean nothing here. A job's
+output is a marker below .cache, never the result itself: Snakemake removes the outputs of a job
+before it runs, and a result must stay until its successor is complete. For the same reason no
+checkpoint is an output, so that a job that failed or was killed goes on from its own.
+"""
+
+from amortised import experiments as engine
+
+SCALE = config["scale"]
+DEVICE = config.get("device") or ("cuda" if SCALE == "full" else "cpu")
+STUDY, ROW, SEED = (
+    None if config.get(name, "") == "" else config[name] for name in ("study", "row", "seed")
+)
+PLACES = engine.Places.of_the_project()
+try:
+    STUDIES = engine.load_studies()
+    CHOSEN = engine.select(STUDIES, STUDY, ROW, scale=SCALE, seed=SEED)
+except ValueError as error:
+    sys.exit(str(error))  # a WorkflowError would say nothing under `quiet`
+
+
+def marker(experiment):
+    return f".cache/experiments/{PLACES.work(experiment).relative_to(PLACES.checkpoints)}.done"
+
+
+def has_weights(experiment):
+    kept = PLACES.kept_weights(experiment, "decoder")
+    return PLACES.weights(experiment, "decoder").is_file() or (
+        experiment.seed == 0 and "encoder" in experiment.keep and kept.is_file()
+    )
+
+
+ALL = {marker(experiment): experiment for experiment in engine.select(STUDIES, scale=SCALE)}
+TODO = {}
+for experiment in CHOSEN:
+    if engine.state_of(experiment, PLACES).word == "done":
+        continue
+    needed = experiment.needs
+    if needed is not None:
+        if engine.state_of(needed, PLACES).word != "done" or not has_weights(needed):
+            TODO[marker(needed)] = needed
+    TODO[marker(experiment)] = experiment
+for path in TODO:  # of a result that has since been removed
+    Path(path).unlink(missing_ok=True)
+
+
+def chosen(wildcards):
+    return ALL[f".cache/experiments/{wildcards.name}.done"]
+
+
+def builds_on(wildcards):
+    needed = chosen(wildcards).needs
+    return [marker(needed)] if needed is not None and marker(needed) in TODO else []
+
+
+def command(wildcards):
+    experiment = chosen(wildcards)
+    again = "--again" if engine.state_of(experiment, PLACES).word == "done" else ""
+    return (
+        f"{experiment.study} {experiment.row} --scale {experiment.scale} --seed {experiment.seed}"
+        f" --device {DEVICE} {again}"
+    )
+
+
+rule experiments:
+    input:
+        list(TODO),
+
+
+rule experiment:
+    input:
+        builds_on,
+    output:
+        touch(".cache/experiments/{name}.done"),
+    wildcard_constraints:
+        name=r"\w+/[\w-]+",
+    params:
+        command=command,
+    threads: 1
+    retries: 2  # a job that was killed goes on from its last checkpoint
+    resources:
+        gpu=1 if DEVICE.startswith("cuda") else 0,
+    shell:
+        "{PYTHON} -m amortised.experiments run {params.command} --threads {threads}"
