@@ -44,6 +44,7 @@ from . import adversarial
 from .encoders import ImplicitEncoder
 from .mcmc import SampledChain, ValueAndGrad, langevin_step, sample_chain
 from .models import LatentVariableModel
+from .numerics import all_finite
 from .objectives import elbo
 
 __all__ = [
@@ -517,7 +518,7 @@ def _check_optimizers(optimizers: Mapping[str, Optimizer], required: set[str]) -
 
 
 def _check_finite(z: Tensor, what: str) -> None:
-    if not torch.isfinite(z).all():
+    if not all_finite(z):
         raise FloatingPointError(
             f"{what} are not finite; use a smaller step_size or learning rate (nothing is clipped)"
         )

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .models import BernoulliDecoder, LatentVariableModel
-from .numerics import value_and_grad
+from .numerics import is_capturing, value_and_grad
 
 __all__ = ["ROUTES", "LogLikelihoodAndGrad", "log_likelihood_and_grad"]
 
@@ -183,7 +183,8 @@ class LogLikelihoodAndGrad:
                 f"x must be [B, P] with P = {observation_dim} and B at least 1; "
                 f"got shape {tuple(x.shape)}"
             )
-        if isinstance(self._model, BernoulliDecoder) and not ((x == 0) | (x == 1)).all():
+        is_bernoulli = isinstance(self._model, BernoulliDecoder)
+        if is_bernoulli and not is_capturing() and not ((x == 0) | (x == 1)).all():
             raise ValueError("x must be binary, 0 or 1; binarise the images first")
         x = x.to(self._device, self._own_dtype)
         self._data = (2.0 * x - 1.0)[:, self._order] if _is_bernoulli(self._model) else x.clone()
@@ -649,6 +650,8 @@ class _CudaGraphs:
         self.graphs: dict[int, tuple] = {}
 
     def __call__(self, weights: list, z: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+        if is_capturing():  # the launches become part of the larger graph
+            return self.function(weights, z, signs)
         with torch.cuda.device(z.device):
             if len(z) not in self.graphs:
                 if len(self.graphs) == self.capacity:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .numerics import value_and_grad
+from .numerics import all_finite, value_and_grad
 
 __all__ = [
     "ChainState",
@@ -190,12 +190,12 @@ def langevin_step(
     """
     _check_step_size(step_size)
     _, grad = value_and_grad(logdensity_fn, z)
-    if not torch.isfinite(grad).all():
+    if not all_finite(grad):
         raise FloatingPointError(
             "the gradient of the log-density is not finite: unadjusted Langevin dynamics diverged; "
             "use a smaller step_size"
         )
-    step_size = torch.as_tensor(step_size, dtype=z.dtype, device=z.device)
+    step_size = torch.as_tensor(step_size, dtype=z.dtype)  # a number stays on the CPU, as a scalar
     noise = _normal_like(z, generator)
     return z.detach() + 0.5 * step_size * grad + step_size.sqrt() * noise
 

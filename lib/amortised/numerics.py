@@ -8,7 +8,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["CallCounter", "effective_sample_size", "log_mean_exp", "value_and_grad"]
+__all__ = [
+    "CallCounter",
+    "all_finite",
+    "effective_sample_size",
+    "is_capturing",
+    "log_mean_exp",
+    "value_and_grad",
+]
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured, so that no value can be looked at now."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no entry is infinite or ``nan``; taken for granted while a CUDA graph is captured.
+
+    >>> all_finite(torch.ones(2)), all_finite(torch.tensor([1.0, torch.inf]))
+    (True, False)
+    """
+    return is_capturing() or bool(torch.isfinite(x).all())
 
 
 def log_mean_exp(x: Tensor, dim: int) -> Tensor:

@@ -16,15 +16,17 @@ and Salakhutdinov (2016) and Tucker et al. (2019) for those of importance-weight
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.optim import Adam, Optimizer
 
 from . import amc, data, evaluation, imputation, mcmc
@@ -35,7 +37,7 @@ from .encoders import GaussianEncoder, ImplicitEncoder
 from .fast import LogLikelihoodAndGrad, log_likelihood_and_grad
 from .models import ConvBernoulli, LatentVariableModel
 from .objectives import dreg_surrogate, iwae_bound
-from .training import FitResult, OutOfTimeError, cosine_decay, fit
+from .training import CudaGraphStep, FitResult, OutOfTimeError, cosine_decay, fit
 
 __all__ = [
     "RECIPES",
@@ -148,6 +150,14 @@ def _round_to_half(*networks: nn.Module | None) -> None:
             parameter.data = parameter.data.half().to(parameter.dtype)
 
 
+def _adam(run: Run, network: nn.Module, learning_rate: float, **settings: object) -> Adam:
+    """Adam, on a GPU in the form that a CUDA graph can hold."""
+    if run.device.type == "cuda":
+        rate = torch.tensor(learning_rate, device=run.device)
+        return Adam(network.parameters(), lr=rate, capturable=True, **settings)
+    return Adam(network.parameters(), lr=learning_rate, **settings)
+
+
 class _Refreshed:
     """The fast likelihood of a model under training: made once, then refreshed at each batch."""
 
@@ -185,30 +195,53 @@ def _train(
         name: cosine_decay(optimizer, num_steps) for name, optimizer in optimizers.items()
     }
 
-    def scheduled_step(batch: Tensor, *index: Tensor) -> dict[str, Tensor]:
-        losses = step(data.binarise(batch), *index)
+    def plain_update(batch: Tensor, *index: Tensor) -> dict[str, Tensor]:
+        return step(data.binarise(batch), *index)
+
+    changed = {
+        **networks,
+        **{f"optimizer of {name}": optimizer for name, optimizer in optimizers.items()},
+    }
+    update, validate = plain_update, True
+    if run.device.type == "cuda":
+        # Validation of a distribution's arguments looks at values, which a graph cannot.
+        update, validate = CudaGraphStep(plain_update, changed), False
+
+    def scheduled_step(*batch: Tensor) -> dict[str, Tensor]:
+        losses = update(*batch)
         for scheduler in schedulers.values():
             scheduler.step()
         return losses
 
-    result = fit(
-        scheduled_step,
-        (levels, torch.arange(len(levels), device=run.device)) if indexed else levels,
-        epochs=epochs,
-        batch_size=batch_size,
-        state={
-            **networks,
-            **{f"optimizer of {name}": optimizer for name, optimizer in optimizers.items()},
-            **{f"schedule of {name}": scheduler for name, scheduler in schedulers.items()},
-        },
-        generator=torch.Generator().manual_seed(run.seed),
-        checkpoint_every=max(1, num_steps // 20),
-        config={**run.config, "seed": run.seed},
-        **run.stage("training"),
-    )
+    with _argument_validation(validate):
+        result = fit(
+            scheduled_step,
+            (levels, torch.arange(len(levels), device=run.device)) if indexed else levels,
+            epochs=epochs,
+            batch_size=batch_size,
+            state={
+                **changed,
+                **{f"schedule of {name}": scheduler for name, scheduler in schedulers.items()},
+            },
+            generator=torch.Generator().manual_seed(run.seed),
+            checkpoint_every=max(1, num_steps // 20),
+            config={**run.config, "seed": run.seed},
+            **run.stage("training"),
+        )
     if not result.finished:
         raise OutOfTimeError(f"{result.num_steps} of {num_steps} steps of training are done")
     return result
+
+
+@contextlib.contextmanager
+def _argument_validation(enabled: bool) -> Iterator[None]:
+    """Whether distributions made meanwhile check their arguments."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(enabled and before)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def _history(result: FitResult) -> dict[str, list[float]]:
@@ -359,13 +392,13 @@ def amc_row(run: Run) -> Outcome:
     if config["method"] == "persistent":
         chains = amc.PersistentChains(config["training_images"], LATENT_DIM).to(run.device)
 
-    optimizers = {"model": Adam(decoder.parameters(), lr=config["learning_rate"])}
-    game = {"lr": config["game_learning_rate"], "betas": (0.5, 0.999)}
+    optimizers = {"model": _adam(run, decoder, config["learning_rate"])}
+    game = {"learning_rate": config["game_learning_rate"], "betas": (0.5, 0.999)}
     if encoder is not None:
-        settings = game if is_game else {"lr": config["learning_rate"]}
-        optimizers["encoder"] = Adam(encoder.parameters(), **settings)
+        settings = game if is_game else {"learning_rate": config["learning_rate"]}
+        optimizers["encoder"] = _adam(run, encoder, **settings)
     if discriminator is not None:
-        optimizers["discriminator"] = Adam(discriminator.parameters(), **game)
+        optimizers["discriminator"] = _adam(run, discriminator, **game)
 
     result = _train(
         run,
@@ -479,8 +512,8 @@ def vae_row(run: Run) -> Outcome:
     decoder = _on(run.device, ConvBernoulli(LATENT_DIM))
     encoder = _on(run.device, GaussianEncoder(LATENT_DIM))
     optimizers = {
-        "model": Adam(decoder.parameters(), lr=config["learning_rate"]),
-        "encoder": Adam(encoder.parameters(), lr=config["learning_rate"]),
+        "model": _adam(run, decoder, config["learning_rate"]),
+        "encoder": _adam(run, encoder, config["learning_rate"]),
     }
 
     def step(x: Tensor) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ from tqdm import tqdm
 __all__ = [
     "CheckpointError",
     "CheckpointLockedError",
+    "CudaGraphStep",
     "FitResult",
     "NonFiniteError",
     "OutOfTimeError",
@@ -304,6 +305,112 @@ def gradient_step(
         return {name: value.detach() for name, value in losses.items()}
 
     return step
+
+
+class CudaGraphStep:
+    r"""A training step captured once as a CUDA graph, then replayed: one launch for hundreds.
+
+    Small networks spend most of a step on launching kernels. A graph launches them all at once. The
+    step must always do the same: batches of one shape, no value looked at on the processor,
+    optimisers with ``capturable=True`` and their learning rate in a tensor on the device, where a
+    schedule *outside* the graph fills in new values. Draws from the global stream of the device go
+    on as they would without a graph.
+
+    At its first call the step runs three times to warm up and is then captured; everything it
+    changed is put back, so that the run is the one it would have been. The checks that need a
+    value, such as that of :func:`amortised.mcmc.langevin_step`, see the warm-up alone: afterwards a
+    position that is not finite shows in the losses, which :func:`fit` watches.
+
+    :param step: as for :func:`fit`, on tensors of one CUDA device.
+    :param state: everything that it changes: modules, optimisers and tensors, by name.
+
+    >>> step = CudaGraphStep(lambda x: {"loss": x.mean()}, {})
+    >>> step(torch.ones(3))
+    Traceback (most recent call last):
+        ...
+    ValueError: a CUDA graph needs batches on a CUDA device; got one on cpu
+    """
+
+    num_warm_up_steps = 3
+
+    def __init__(self, step: Step, state: Mapping[str, object]):
+        self.step, self.state = step, state
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._batch: tuple[Tensor, ...] = ()
+        self._losses: Mapping[str, Tensor] = {}
+
+    def __call__(self, *batch: Tensor) -> Mapping[str, Tensor]:
+        """Make one step. The losses are overwritten by the next one."""
+        if self._graph is None:
+            self._capture(batch)
+        for fixed, new in zip(self._batch, batch, strict=True):
+            if fixed.shape != new.shape:
+                raise ValueError(
+                    f"a captured step takes batches of shape {tuple(fixed.shape)}; got "
+                    f"{tuple(new.shape)} (use drop_last=True)"
+                )
+            fixed.copy_(new)
+        self._graph.replay()
+        return self._losses
+
+    def _capture(self, batch: tuple[Tensor, ...]) -> None:
+        for tensor in batch:
+            if tensor.device.type != "cuda":
+                raise ValueError(
+                    f"a CUDA graph needs batches on a CUDA device; got one on {tensor.device}"
+                )
+        self._batch = tuple(tensor.clone() for tensor in batch)
+        put_back = _remember(self.state)
+        random_state = torch.cuda.get_rng_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(self.num_warm_up_steps):
+                self.step(*self._batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        put_back()
+        torch.cuda.set_rng_state(random_state)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._losses = self.step(*self._batch)
+        self._graph = graph
+
+
+def _remember(state: Mapping[str, object]) -> Callable[[], None]:
+    """A function that puts all tensors back as they are now, in place.
+
+    An optimiser has no moments before its first step; those it makes afterwards are set to zero.
+    """
+
+    def tensors() -> dict[tuple, Tensor]:
+        found: dict[tuple, Tensor] = {}
+        for name, thing in state.items():
+            if isinstance(thing, Tensor):
+                found[name, ""] = thing
+            elif isinstance(thing, torch.nn.Module):
+                found |= {(name, key): value for key, value in thing.state_dict().items()}
+            elif isinstance(thing, Optimizer):
+                for number, moments in enumerate(thing.state.values()):
+                    for key, value in moments.items():
+                        found[name, number, key] = value
+            else:
+                raise TypeError(
+                    f"state[{name!r}] is a {type(thing).__name__}; a captured step can change "
+                    "tensors, modules and optimisers"
+                )
+        return found
+
+    before = {key: value.detach().clone() for key, value in tensors().items()}
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for key, value in tensors().items():
+            if key in before:
+                value.copy_(before[key])
+            else:
+                value.zero_()
+
+    return put_back
 
 
 def cosine_decay(optimizer: Optimizer, num_steps: int) -> LambdaLR:
