@@ -45,6 +45,7 @@ __all__ = [
     "Recipe",
     "Run",
     "amc_row",
+    "argument_validation",
     "imputation_row",
     "vae_row",
 ]
@@ -213,7 +214,7 @@ def _train(
             scheduler.step()
         return losses
 
-    with _argument_validation(validate):
+    with argument_validation(validate):
         result = fit(
             scheduled_step,
             (levels, torch.arange(len(levels), device=run.device)) if indexed else levels,
@@ -234,7 +235,7 @@ def _train(
 
 
 @contextlib.contextmanager
-def _argument_validation(enabled: bool) -> Iterator[None]:
+def argument_validation(enabled: bool) -> Iterator[None]:
     """Whether distributions made meanwhile check their arguments."""
     before = Distribution._validate_args
     Distribution.set_default_validate_args(enabled and before)

@@ -1,0 +1,135 @@
+"""The fast path of training against the plain one, and what capturing a graph puts back."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from amortised import amc, data
+from amortised.adversarial import Discriminator
+from amortised.encoders import ImplicitEncoder
+from amortised.fast import log_likelihood_and_grad
+from amortised.models import ConvBernoulli
+from amortised.recipes import argument_validation
+from amortised.training import CudaGraphStep, _remember
+
+NUM_STEPS = 100
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+@pytest.fixture(scope="module")
+def grey():
+    return data.load_mnist("train").images[: 8 * NUM_STEPS].reshape(NUM_STEPS, 8, 784)
+
+
+def train(batches, *, fast, graph=False, device="cpu"):
+    """Amortised MCMC for as many steps as there are batches: losses ``[steps, 3]``, the decoder."""
+    with torch.random.fork_rng(devices=[device] if device != "cpu" else []):
+        torch.manual_seed(0)
+        networks = {
+            "model": ConvBernoulli(),
+            "encoder": ImplicitEncoder(trunk=nn.Flatten(), num_features=784, num_hidden=32),
+            "discriminator": Discriminator(trunk=nn.Flatten(), num_features=784, num_hidden=32),
+        }
+        optimizers = {}
+        for name, network in networks.items():
+            network.to(device)
+            rate = torch.tensor(1e-3, device=device) if graph else 1e-3
+            optimizers[name] = torch.optim.Adam(network.parameters(), rate, capturable=graph)
+        model, made = networks["model"], []
+
+        def route(x):
+            made[:] = [made[0].refresh(x) if made else log_likelihood_and_grad(model, x)]
+            return made[0]
+
+        teacher = partial(
+            amc.teacher_samples, model, num_steps=10, step_size=0.02, route=route if fast else None
+        )
+
+        def step(x):
+            return amc.amc_step(
+                data.binarise(x),
+                model,
+                networks["encoder"],
+                optimizers,
+                teacher=teacher,
+                discriminator=networks["discriminator"],
+            )
+
+        if graph:
+            state = networks | {f"optimizer {k}": v for k, v in optimizers.items()}
+            step = CudaGraphStep(step, state)
+        with argument_validation(not graph):
+            losses = [torch.stack(list(step(x.to(device)).values())).cpu() for x in batches]
+    return torch.stack(losses), model
+
+
+def test_fast_drift_trains_as_the_plain_one(grey):
+    plain, plain_model = train(grey, fast=False)
+    fast, fast_model = train(grey, fast=True)
+    # One draw of the noise, so that only rounding differs; it grows, since training is a feedback.
+    assert (fast[:5] - plain[:5]).abs().max() < 1e-3
+    assert ((fast - plain).abs() / plain.abs().clamp(min=1.0)).max() < 0.01
+    assert plain[-10:, 0].mean() < 0.6 * plain[0, 0]  # and it is training indeed
+    for name, value in plain_model.state_dict().items():
+        assert (fast_model.state_dict()[name] - value).abs().max() < 0.01, name
+
+
+def test_what_a_capture_changed_is_put_back():
+    torch.manual_seed(0)
+    network, table = nn.Linear(3, 2), torch.randn(4)
+    old, new = nn.Linear(2, 1), nn.Linear(2, 1)
+    optimizers = {n: torch.optim.Adam(m.parameters()) for n, m in (("old", old), ("new", new))}
+
+    def change(name, module):
+        module(torch.ones(1, 2)).sum().backward()
+        optimizers[name].step()
+
+    change("old", old)  # has moments already, as after a checkpoint
+    state = {"network": network, "table": table, "old": old, "new": new} | {
+        f"optimizer {name}": optimizer for name, optimizer in optimizers.items()
+    }
+    before = [p.clone() for m in (network, old, new) for p in m.parameters()] + [table.clone()]
+    moments = [v.clone() for s in optimizers["old"].state.values() for v in s.values()]
+    addresses = [p.data_ptr() for p in network.parameters()]
+
+    put_back = _remember(state)
+    with torch.no_grad():
+        table.mul_(2.0)
+        for parameter in network.parameters():
+            parameter.add_(1.0)
+    for _ in range(3):
+        change("old", old)
+        change("new", new)
+    put_back()
+
+    after = [p for m in (network, old, new) for p in m.parameters()] + [table]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert addresses == [p.data_ptr() for p in network.parameters()]
+    found = [v for s in optimizers["old"].state.values() for v in s.values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, found, strict=True))
+    fresh = [v for s in optimizers["new"].state.values() for v in s.values()]
+    assert fresh and all((value == 0).all() for value in fresh)
+
+
+def test_what_cannot_be_put_back_is_refused():
+    with pytest.raises(TypeError, match=r"state\['scheduler'\] is a dict"):
+        _remember({"scheduler": {}})
+
+
+@needs_cuda
+def test_captured_step_trains_as_the_plain_one(grey):
+    eager, _ = train(grey, fast=False, device="cuda")
+    captured, model = train(grey, fast=True, graph=True, device="cuda")
+    assert (captured[:3] - eager[:3]).abs().max() < 0.05
+    assert ((captured - eager).abs() / eager.abs().clamp(min=1.0)).mean() < 0.05
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+@needs_cuda
+def test_captured_step_refuses_another_shape():
+    step = CudaGraphStep(lambda x: {"loss": x.mean()}, {})
+    step(torch.ones(3, device="cuda"))
+    with pytest.raises(ValueError, match=r"takes batches of shape \(3,\); got \(2,\)"):
+        step(torch.ones(2, device="cuda"))
