@@ -301,3 +301,69 @@ def test_citation_and_package_agree():
     assert citation["license"] == project["license"] == "MIT"
     module = importlib.util.find_spec("amortised")
     assert Path(module.origin).is_relative_to(ROOT), "the installed package is not this folder's"
+
+
+def test_cost_model_recovers_the_costs_that_made_the_times():
+    import cost_table
+
+    from amortised import experiments
+
+    per_unit = {
+        "image": 3e-4,
+        "game": 2e-4,
+        "sample": 1e-4,
+        "chain": 6e-5,
+        "annealing": 5e-5,
+        "importance": 2e-5,
+        "proposal": 4e-4,
+    }
+    runs = [
+        cost_table.Timed(
+            experiment,
+            "a processor",
+            {
+                stage: sum(amount * per_unit[kind] for kind, amount in work.items())
+                for stage, work in cost_table.work_of(experiment.config).items()
+            },
+        )
+        for experiment in experiments.select(experiments.load_studies(), scale="laptop")
+        if experiment.recipe != "imputation"
+    ]
+    found = cost_table.fit(runs)
+    assert found == pytest.approx(per_unit, rel=1e-6)
+    for run in runs:
+        assert cost_table.predicted(run.experiment.config, found) == pytest.approx(run.total)
+    assert cost_table.fit(runs[:3]) is None  # fewer rows than unknowns
+
+
+@pytest.mark.parametrize("profile", ["local", "slurm"])
+def test_graph_of_the_studies(profile):
+    """One job for each run that is not done, after the run whose weights it builds on."""
+    from amortised import experiments
+
+    places = experiments.Places.of_the_project()
+    chosen = experiments.select(
+        experiments.load_studies(), "amc_imputation", "cnn_g", scale="full", seed=0
+    )
+    needed = chosen[0].needs
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile"),
+            *("--profile", f"workflow/profiles/{profile}", "--quiet", "host", "--dry-run"),
+            *("experiments", "--config", "scale=full", "study=amc_imputation", "row=cnn_g"),
+            *("seed=0", "device="),
+        ],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    expected = [
+        run for run in (*chosen, needed) if experiments.state_of(run, places).word != "done"
+    ]
+    markers = set(re.findall(r"output: \.cache/experiments/(\S+)-[0-9a-f]{8}\.done", output))
+    assert markers == {run.name for run in expected}
+    assert "gpu=1" in output or not expected

@@ -1,0 +1,195 @@
+"""Print what the committed runs cost, a model of that cost, and what more seeds would cost.
+
+The page book/reproducing.md includes it. A run's time is split into stages by its result; each
+stage is explained by how often it did what it is made of, by least squares with coefficients from
+zero, separately for each device. A device with fewer runs than the model has unknowns has no model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import nnls
+
+from amortised import experiments, results
+
+WORK = {
+    "image": "a training image: decoder and encoder, forward and backward",
+    "game": "the same image for a student without density and a discriminator",
+    "sample": "a further importance sample of a training image",
+    "chain": "a gradient of the chain that teaches",
+    "annealing": "a gradient of the annealed chains",
+    "importance": "an importance sample",
+    "proposal": "a training image of the Gaussian proposal fitted afterwards",
+}
+SEEDS = 10
+
+
+class Timed(NamedTuple):
+    """A run with its seconds by stage."""
+
+    experiment: experiments.Experiment
+    device: str
+    seconds: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def work_of(config: Mapping) -> dict[str, dict[str, float]]:
+    """How often each stage of a training recipe does what it is made of."""
+    images = config["training_images"] * config["epochs"]
+    is_game = config.get("method") == "avb" or config.get("rule") in ("gan", "wasserstein")
+    leapfrogs = config["num_leapfrog_steps"] if config.get("kernel") == "hmc" else 1
+    sampled = config["images"] * config["num_samples"]
+    annealed = config["num_temperatures"] * config["num_leapfrog"]
+    chains, pilot = config["num_chains"], config["pilot_chains"]
+    own = config.get("encoder", "gaussian") == "gaussian"
+    return {
+        "training": {
+            "image": images,
+            "game": images * is_game,
+            "sample": images * (config["num_student_samples"] - 1),
+            "chain": images * config.get("num_steps", 0) * leapfrogs,
+        },
+        "annealing": {"annealing": config["images"] * annealed * (chains + pilot)},
+        "bounds": {"annealing": config["simulated_pairs"] * annealed * (2 * chains + pilot)},
+        "importance sampling": {"importance": sampled * (2 if own else 1)},
+        "proposal": {"proposal": config["training_images"] * config["proposal_epochs"]},
+    }
+
+
+def timed_runs(studies: Mapping, root: Path) -> list[Timed]:
+    """The committed runs that a training recipe made, with seconds by stage."""
+    runs = []
+    for experiment in experiments.select(studies):
+        path = results.result_path(root, *experiment[:4])
+        if not path.is_file():
+            continue
+        record = results.load_result(path).record
+        if record["status"] != "done":
+            continue
+        facts = record["provenance"]
+        seconds = dict(record["details"].get("seconds", {}))
+        # Loading the data is part of what is left over, the fitted proposal nearly all of it.
+        left = facts["wall_seconds"] - sum(seconds.values())
+        seconds["proposal" if seconds else "imputation"] = max(0.0, left)
+        threads = facts["device"].get("threads")
+        device = facts["device"]["name"] + (f", {threads} thread(s)" if threads else "")
+        runs.append(Timed(experiment, device, seconds))
+    return runs
+
+
+def fit(runs: list[Timed]) -> dict[str, float] | None:
+    """Seconds for one unit of each kind of work; ``None`` where there are too few runs."""
+    rows, seconds = [], []
+    for run in runs:
+        if "imputation" in run.seconds:
+            continue
+        for stage, work in work_of(run.experiment.config).items():
+            rows.append([work.get(kind, 0.0) for kind in WORK])
+            seconds.append(run.seconds[stage])
+    design = np.asarray(rows, dtype=float).reshape(-1, len(WORK))
+    used = design.any(axis=0)
+    if len({run.experiment.row for run in runs}) <= used.sum():
+        return None
+    scale = np.where(used, design.max(axis=0, initial=1.0), 1.0)
+    solution, _ = nnls(design / scale, np.asarray(seconds))
+    per_unit = solution / scale
+    return {kind: float(per_unit[i]) for i, kind in enumerate(WORK) if used[i]}
+
+
+def predicted(config: Mapping, per_unit: Mapping[str, float]) -> float | None:
+    """Seconds of a run by the model; ``None`` if it does work that no run behind the model did."""
+    total = 0.0
+    for work in work_of(config).values():
+        for kind, amount in work.items():
+            if amount and kind not in per_unit:
+                return None
+            total += amount * per_unit.get(kind, 0.0)
+    return total
+
+
+def _print_rows(runs: list[Timed], per_unit: Mapping[str, dict | None]) -> None:
+    print("| study | row | scale | runs | minutes a run | by the model | device |")
+    print("|:--|:--|:--|--:|--:|--:|:--|")
+    groups = defaultdict(list)
+    for run in runs:
+        groups[*run.experiment[:3], run.device].append(run)
+    for (study, row, scale, device), members in groups.items():
+        model, minutes = None, [run.total / 60 for run in members]
+        if per_unit[device] and "imputation" not in members[0].seconds:
+            model = predicted(members[0].experiment.config, per_unit[device])
+        shown = "–" if model is None else f"{model / 60:.1f}"
+        print(
+            f"| {study} | {row} | {scale} | {len(members)} | {np.mean(minutes):.1f} | {shown} "
+            f"| {device} |"
+        )
+
+
+def _print_model(runs: list[Timed], per_unit: Mapping[str, float], device: str) -> None:
+    print(f"\nOn {device}, by least squares over {len(runs)} runs:\n")
+    print("| unit of work | microseconds | share of all time |\n|:--|--:|--:|")
+    done = defaultdict(float)
+    for run in runs:
+        if "imputation" not in run.seconds:
+            for work in work_of(run.experiment.config).values():
+                for kind, amount in work.items():
+                    done[kind] += amount * per_unit.get(kind, 0.0)
+    total = sum(done.values())
+    for kind, seconds in per_unit.items():
+        print(f"| {WORK[kind]} | {seconds * 1e6:,.0f} | {done[kind] / total:.0%} |")
+
+
+def _print_totals(studies: Mapping, runs: list[Timed], device: str) -> None:
+    """Hours that all rows of a scale take with ten seeds, from the mean of the recorded ones."""
+    minutes = defaultdict(list)
+    for run in runs:
+        minutes[run.experiment[:3]].append(run.total / 60)
+    for scale in experiments.SCALES:
+        rows = {e[:3] for e in experiments.select(studies, scale=scale)}
+        recorded = rows & minutes.keys()
+        if recorded:
+            hours = SEEDS * sum(np.mean(minutes[row]) for row in recorded) / 60
+            print(
+                f"\nWith {SEEDS} seeds the {len(recorded)} of {len(rows)} rows at {scale} scale "
+                f"that are recorded take {hours:.1f} hours of {device}, one run after the other."
+            )
+
+
+def main(root: Path | None = None) -> int:
+    studies = experiments.load_studies()
+    runs = timed_runs(studies, root or experiments.Places.of_the_project().results)
+    if not runs:
+        print("No run is recorded yet.")
+        return 0
+    by_device = defaultdict(list)
+    for run in runs:
+        by_device[run.device].append(run)
+    models = {device: fit(members) for device, members in by_device.items()}
+    _print_rows(runs, models)
+    for device, members in by_device.items():
+        if models[device]:
+            _print_model(members, models[device], device)
+        _print_totals(studies, members, device)
+    missing = {
+        scale: sum(
+            experiments.state_of(experiment).word != "done"
+            for experiment in experiments.select(studies, scale=scale)
+        )
+        for scale in experiments.SCALES
+    }
+    for scale, count in missing.items():
+        if count:
+            print(f"\nRuns at {scale} scale that are not recorded yet: {count}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
