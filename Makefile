@@ -61,8 +61,9 @@ full: environment ## the same at full scale, on DEVICE=cuda; PROFILE=slurm for a
 coursework: environment ## copies of the chapters without the solutions, in book/_build/coursework
 	@$(BIN)/python workflow/coursework.py book/_build/coursework
 
-bench: environment ## what annealing costs here, route by route; OPTIONS="--quick --save"
+bench: environment ## what annealing and training cost here, form by form; OPTIONS="--quick --save"
 	@$(BIN)/python workflow/bench.py $(OPTIONS)
+	@$(BIN)/python workflow/bench_training.py
 
 lock: environment ## renew requirements.lock and environment.yml; UPGRADE=1 for newest versions
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
