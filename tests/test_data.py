@@ -185,30 +185,33 @@ def test_other_dtype_is_refused():
 
 
 def test_all_of_mnist_loads_fast_and_small():
-    """Best of three loads under 0.5 s of processor time; peak under 400 MB above the import."""
+    """First load of a process under 0.5 s of processor time, peak under 400 MB above the import.
+
+    The first load pays for memory that no earlier one has touched, so a second one in the same
+    process says nothing about it. Best of three processes, because other work disturbs the clock.
+    """
     program = """
         import resource, sys, time
         from amortised.data import load_mnist
         unit = 2**20 if sys.platform == "darwin" else 2**10
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        before, times = peak(), []
-        for _ in range(3):
-            start = time.process_time()
-            both = load_mnist("train"), load_mnist("test")
-            times.append(time.process_time() - start)
-            del both
-        print(min(times), peak() - before)
+        before, start = peak(), time.process_time()
+        both = load_mnist("train"), load_mnist("test")
+        print(time.process_time() - start, peak() - before)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    seconds, megabytes = map(float, done.stdout.split())
-    assert seconds < 0.5
-    assert megabytes < 400
+    times = []
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        seconds, megabytes = map(float, done.stdout.split())
+        assert megabytes < 400
+        times.append(seconds)
+    assert min(times) < 0.5
 
 
 def test_embedded_mnist_needs_neither_network_nor_pooch():

@@ -564,11 +564,14 @@ def _check_choice(split: str, splits: dict, dtype: torch.dtype = torch.float32) 
 
 def _convert(levels: np.ndarray, scale: int, dtype: torch.dtype) -> Tensor:
     """A writable tensor of the levels: as they are for uint8, divided by ``scale`` for float32."""
+    # Memory from torch: NumPy asks the kernel for huge pages, and where those have to be made first
+    # (Linux) touching a new array takes several times as long as everything else here.
+    images = torch.empty(levels.shape, dtype=dtype)
     if dtype == torch.uint8:
-        return torch.from_numpy(levels.copy())
-    images = levels.astype(np.float32)
-    images /= np.float32(scale)
-    return torch.from_numpy(images)
+        np.copyto(images.numpy(), levels)
+    else:
+        np.divide(levels, np.float32(scale), out=images.numpy())
+    return images
 
 
 def load_mnist(split: str = "train", dtype: torch.dtype = torch.float32) -> Digits:
