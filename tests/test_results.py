@@ -393,14 +393,14 @@ def test_damaged_pairs_are_refused(tmp_path):
 def test_killed_between_the_two_files_mixes_no_runs(tmp_path, monkeypatch):
     path = results.save_result(tmp_path, make_record(), PER_IMAGE)
     later = {name: values + 1 for name, values in PER_IMAGE.items()}
-    write = results.atomic_write
+    replace = os.replace
 
-    def killed_at_the_json(target, content):
+    def killed_at_the_json(source, target):
         if Path(target).suffix == ".json":
             raise KeyboardInterrupt
-        write(target, content)
+        replace(source, target)
 
-    monkeypatch.setattr(results, "atomic_write", killed_at_the_json)
+    monkeypatch.setattr(os, "replace", killed_at_the_json)
     with pytest.raises(KeyboardInterrupt):
         results.save_result(tmp_path, make_record(later), later)
     with pytest.raises(ResultError, match="of another run"):

@@ -485,7 +485,7 @@ def save_result(
     """Check a result and write it: the per-image values first, then the JSON that vouches for them.
 
     A process killed in between leaves a pair that :func:`load_result` refuses, never one that mixes
-    two runs.
+    two runs. Both are on the disk before either takes its name: a full disk changes nothing.
 
     :param root: the folder of all studies, ``data/results`` for results that are committed.
     :param record: as in the table at the head of this module, without ``per_image_sha256``.
@@ -508,6 +508,7 @@ def save_result(
     record = {**record, "per_image_sha256": None}
     check_result(record)
     path = result_path(root, *(record[key] for key in ("study", "row", "scale", "seed")))
+    content = None
     if per_image:
         _check_per_image(record, per_image)
         described = {key: record[key] for key in ("study", "row", "scale", "seed", "config_hash")}
@@ -516,10 +517,17 @@ def save_result(
             metadata={"amortised": _canonical_json(described, "metadata")},
         )
         record["per_image_sha256"] = hashlib.sha256(content).hexdigest()
-        atomic_write(path.with_suffix(".safetensors"), content)
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-    atomic_write(path, f"{text}\n".encode())
-    if not per_image:
+    waiting = path.with_name(f".{path.name}.tmp")
+    try:
+        atomic_write(waiting, f"{text}\n".encode())
+        if content is not None:
+            atomic_write(path.with_suffix(".safetensors"), content)
+        os.replace(waiting, path)
+    except BaseException:
+        waiting.unlink(missing_ok=True)
+        raise
+    if content is None:
         path.with_suffix(".safetensors").unlink(missing_ok=True)
     return path
 
