@@ -156,9 +156,10 @@ def fit(
     :raises CheckpointError: if the checkpoint is of a different run, naming what differs, or if
         neither it nor the one before it can be read.
     :raises CheckpointLockedError: if another process uses the checkpoint.
-    :raises NonFiniteError: if a loss, or a tensor about to be saved, is not finite. On the CPU the
-        losses are looked at after each step, on an accelerator every 64 steps and before each
-        checkpoint, so that the device need not wait; no checkpoint is made of a bad state.
+    :raises NonFiniteError: if a loss, or a tensor about to be saved, is not finite, or if ``step``
+        raises a ``FloatingPointError``. On the CPU the losses are looked at after each step, on an
+        accelerator every 64 steps and before each checkpoint, so that the device need not wait; no
+        checkpoint is made of a bad state.
     :raises OSError: if a checkpoint cannot be written. The ones before it are intact.
 
     >>> data = torch.arange(8.0)
@@ -229,7 +230,10 @@ def fit(
                 if position > 0:  # resumed within an epoch, and has just drawn its order again
                     generator.set_state(mid_epoch_generator)
             index = order[position * batch_size : (position + 1) * batch_size]
-            losses = step(*(t[index] for t in tensors))
+            try:
+                losses = step(*(t[index] for t in tensors))
+            except FloatingPointError as error:  # a Markov chain that diverged, for instance
+                raise _non_finite(str(error), done + 1, last_saved) from error
             done += 1
             record.add(losses, last_saved)
 
