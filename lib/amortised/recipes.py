@@ -17,6 +17,7 @@ and Salakhutdinov (2016) and Tucker et al. (2019) for those of importance-weight
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,10 +38,19 @@ from .encoders import GaussianEncoder, ImplicitEncoder
 from .fast import LogLikelihoodAndGrad, log_likelihood_and_grad
 from .models import ConvBernoulli, LatentVariableModel
 from .objectives import dreg_surrogate, iwae_bound
-from .training import CudaGraphStep, FitResult, OutOfTimeError, cosine_decay, fit
+from .training import (
+    CudaGraphStep,
+    FitResult,
+    OutOfTimeError,
+    cosine_decay,
+    fit,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 __all__ = [
     "RECIPES",
+    "ROLES",
     "Outcome",
     "Recipe",
     "Run",
@@ -135,6 +145,8 @@ ENCODERS = {
     ),
 }
 DECODER = {"class": "ConvBernoulli", "latent_dim": LATENT_DIM}
+ROLES = ("decoder", "encoder")
+"""Names of the networks of an :class:`Outcome`."""
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -147,8 +159,12 @@ def _round_to_half(*networks: nn.Module | None) -> None:
     """Round weights to the half precision in which they are kept, so that what is evaluated is,
     to the bit, what the file holds."""
     for network in networks:
-        for parameter in [] if network is None else network.parameters():
+        for name, parameter in [] if network is None else network.named_parameters():
             parameter.data = parameter.data.half().to(parameter.dtype)
+            if not parameter.isfinite().all():
+                raise FloatingPointError(
+                    f"after training, {type(network).__name__}.{name} is beyond half precision"
+                )
 
 
 def _adam(run: Run, network: nn.Module, learning_rate: float, **settings: object) -> Adam:
@@ -203,10 +219,9 @@ def _train(
         **networks,
         **{f"optimizer of {name}": optimizer for name, optimizer in optimizers.items()},
     }
-    update, validate = plain_update, True
+    update = plain_update
     if run.device.type == "cuda":
-        # Validation of a distribution's arguments looks at values, which a graph cannot.
-        update, validate = CudaGraphStep(plain_update, changed), False
+        update = CudaGraphStep(plain_update, changed)
 
     def scheduled_step(*batch: Tensor) -> dict[str, Tensor]:
         losses = update(*batch)
@@ -214,7 +229,9 @@ def _train(
             scheduler.step()
         return losses
 
-    with argument_validation(validate):
+    # Validation of a distribution's arguments looks at values, which a graph cannot; and it would
+    # stop a run that diverges with an error of its own, before `fit` sees the loss.
+    with argument_validation(False):
         result = fit(
             scheduled_step,
             (levels, torch.arange(len(levels), device=run.device)) if indexed else levels,
@@ -488,6 +505,8 @@ def _amc_conflict(config: Mapping) -> str | None:
             f"method = {method!r} {'has a' if has_chain else 'has no'} chain; got kernel = "
             f"{kernel!r} and num_steps = {config['num_steps']}"
         )
+    if has_chain != (config["step_size"] > 0):
+        return f"method = {method!r} does not go with step_size = {config['step_size']}"
     if (method == "amc") != (rule != "none"):
         return f"rule = {rule!r} does not go with method = {method!r}"
     if rule == "mmd" and config["num_student_samples"] < 8:
@@ -553,22 +572,19 @@ def imputation_row(run: Run) -> Outcome:
     train = data.load_mnist("train")
     grey, labels = train.images.to(run.device), train.labels.to(run.device)
     num_chains = config["num_chains"]
-    per_image, ess = {}, {}
 
-    def score(name: str, completed: Tensor) -> None:
+    def scores(name: str, completed: Tensor) -> dict[str, Tensor]:
         nearest = imputation.nearest_neighbour_l1(completed, grey)
-        per_image[f"{name}_label_entropy"] = imputation.label_entropy(labels[nearest.index])
-        per_image[f"{name}_l1"] = nearest.distance.mean(0)
+        return {
+            f"{name}_label_entropy": imputation.label_entropy(labels[nearest.index]),
+            f"{name}_l1": nearest.distance.mean(0),
+        }
 
-    for number, kind in enumerate(imputation.MASKS):
-        run.stage(kind)  # stops here when the time is over; the parts before are computed again
+    def evaluate(number: int, kind: str) -> dict:
         generator = torch.Generator().manual_seed(1000 * run.seed + number)
         mask = imputation.missing_mask(kind, generator=generator).to(run.device)
         torch.manual_seed(1000 * run.seed + number)
-        score(
-            kind,
-            imputation.impute(decoder, encoder, x, mask, config["iterations"], num_chains),
-        )
+        completed = imputation.impute(decoder, encoder, x, mask, config["iterations"], num_chains)
         reference = imputation.conditional_samples(
             decoder,
             x,
@@ -579,8 +595,19 @@ def imputation_row(run: Run) -> Outcome:
             num_leapfrog=config["num_leapfrog"],
             num_steps=config["reference_steps"],
         )
-        score(f"reference_{kind}", reference.x)
-        ess[kind] = round(reference.ess.mean().item(), 2)
+        values = scores(kind, completed) | scores(f"reference_{kind}", reference.x)
+        return {"values": values, "ess": round(reference.ess.mean().item(), 2)}
+
+    weights = [hashlib.sha256(run.weights_of(role).read_bytes()).hexdigest() for role in ROLES]
+    per_image, ess = {}, {}
+    for number, kind in enumerate(imputation.MASKS):
+        path, started = run.stage(kind)["checkpoint"], time.monotonic()
+        found = read_checkpoint(path)
+        if found is None or found["weights"] != weights:
+            found = evaluate(number, kind) | {"weights": weights}
+            write_checkpoint(path, found | {"seconds": time.monotonic() - started})
+        per_image |= found["values"]
+        ess[kind] = found["ess"]
     return Outcome(per_image, {}, {"reference_ess": ess})
 
 
