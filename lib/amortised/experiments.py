@@ -20,11 +20,12 @@ with the numbers of a run that was left alone. A run is
 missing     when there is neither a result nor a checkpoint
 partial     when there are checkpoints
 done        when the result was made with the options and the recipe version that are asked for now
-stale       when it was made with others: running it makes it anew
+stale       when it was made with others, or is damaged: running it makes it anew
 failed      when training or evaluation left the numbers; its result says where and why
 =========== ===================================================================================
 
-It imports torch, numpy, safetensors, PyYAML and tqdm, and nothing else.
+With ``--root FOLDER`` the three folders lie below that one, and with ``--file`` the studies are
+those of another file. It imports torch, numpy, safetensors, PyYAML and tqdm, and nothing else.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +44,7 @@ import torch
 import yaml
 
 from . import checks, data, results
-from .recipes import RECIPES, Outcome, Run
+from .recipes import RECIPES, ROLES, Outcome, Run
 from .training import (
     CheckpointLockedError,
     OutOfTimeError,
@@ -116,11 +117,13 @@ class State(NamedTuple):
     """Where a run stands: ``missing``, ``partial``, ``done``, ``stale`` or ``failed``.
 
     :ivar word: one of these.
-    :ivar record: the result that is on disk, if there is one.
+    :ivar record: the result that is on disk, if there is one that can be read.
+    :ivar damage: what is wrong with the one that cannot.
     """
 
     word: str
     record: dict | None
+    damage: str | None = None
 
 
 class Places(NamedTuple):
@@ -131,9 +134,12 @@ class Places(NamedTuple):
     checkpoints: Path
 
     @classmethod
-    def of_the_project(cls) -> Places:
-        root = data.data_folder().parent
+    def below(cls, root: Path) -> Places:
         return cls(root / "data/results", root / "data/models", root / "checkpoints")
+
+    @classmethod
+    def of_the_project(cls) -> Places:
+        return cls.below(data.data_folder().parent)
 
     def result(self, experiment: Experiment) -> Path:
         return results.result_path(self.results, *experiment[:4])
@@ -142,6 +148,7 @@ class Places(NamedTuple):
         """Checkpoints of other options, or of an older recipe, are never gone on from."""
         digest = results.config_hash(
             {"config": experiment.config, "recipe_version": experiment.recipe_version}
+            | _builds_on(experiment)
         )
         return self.checkpoints / f"{experiment.name}-{digest[:8]}"
 
@@ -151,6 +158,18 @@ class Places(NamedTuple):
 
     def kept_weights(self, experiment: Experiment, role: str) -> Path:
         return self.models / f"{experiment.name}-{role}.safetensors"
+
+
+def _builds_on(experiment: Experiment) -> dict:
+    """The run whose weights this one takes, as a result states it; empty if there is none."""
+    trained = experiment.needs
+    if trained is None:
+        return {}
+    facts = {
+        "config_hash": results.config_hash(trained.config),
+        "recipe_version": trained.recipe_version,
+    }
+    return {"builds_on": facts}
 
 
 # --- the file of studies -------------------------------------------------------------------------
@@ -172,19 +191,39 @@ def load_studies(path: str | os.PathLike | None = None) -> dict[str, Study]:
         path = data.data_folder().parent / "workflow/experiments.yaml"
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        faults = list(_repeated_keys(yaml.compose(text)))
     except FileNotFoundError:
         raise ExperimentError(f"there is no file of studies {path}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ExperimentError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict) or set(content) != {"studies"}:
         raise ExperimentError(f"{path} must hold one key, 'studies'")
-    faults: list[str] = []
+    if not isinstance(content["studies"], dict):
+        raise ExperimentError(f"{path}: studies must be a mapping; got {content['studies']!r}")
     studies = {name: _read_study(name, block, faults) for name, block in content["studies"].items()}
-    studies = {name: _with_needs(study, studies, faults) for name, study in studies.items()}
+    if not faults:
+        studies = {name: _with_needs(study, studies, faults) for name, study in studies.items()}
     if faults:
+        faults = list(dict.fromkeys(faults))  # those of a row, once and not for each scale
         raise ExperimentError(f"{path} cannot be used:\n  " + "\n  ".join(faults))
     return studies
+
+
+def _repeated_keys(node: yaml.Node | None) -> Iterator[str]:
+    """Keys that stand twice in one mapping; YAML would silently forget the first."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield f"line {key.start_mark.line + 1}: {key.value!r} is there already"
+            if isinstance(key.value, str):
+                seen.add(key.value)
+            yield from _repeated_keys(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _repeated_keys(item)
 
 
 _STUDY_KEYS = {"title", "recipe", "recipe_version", "seeds", "common", "scales", "rows"}
@@ -195,22 +234,33 @@ def _read_study(name: str, block: object, faults: list[str]) -> Study:
     where = f"studies.{name}"
     empty = Study(name, "", ())
     if not isinstance(block, dict) or set(block) != _STUDY_KEYS:
-        found = ", ".join(block) if isinstance(block, dict) else repr(block)
+        found = ", ".join(map(str, block)) if isinstance(block, dict) else repr(block)
         faults.append(f"{where}: must have the keys {', '.join(sorted(_STUDY_KEYS))}; got {found}")
         return empty
-    if block["recipe"] not in RECIPES:
+    blocks = {key: block[key] for key in ("common", "scales", "rows")}
+    if isinstance(block["scales"], dict):
+        blocks |= {f"scales.{scale}": options for scale, options in block["scales"].items()}
+    for key, value in blocks.items():
+        if not isinstance(value, dict):
+            faults.append(f"{where}.{key}: must be a mapping; got {value!r}")
+            return empty
+    if block["recipe"] not in list(RECIPES):
         faults.append(f"{where}.recipe: must be one of {', '.join(RECIPES)}; got {block['recipe']}")
         return empty
     problem = checks.integer(1)(block["recipe_version"])
     if problem:
         faults.append(f"{where}.recipe_version: must be {problem}; got {block['recipe_version']!r}")
-    unknown = [scale for scale in block["scales"] if scale not in SCALES]
+    unknown = [str(scale) for scale in block["scales"] if scale not in SCALES]
     if unknown:
         faults.append(f"{where}.scales: must be of {', '.join(SCALES)}; got {', '.join(unknown)}")
         return empty
     experiments = []
     for row, settings in block["rows"].items():
-        experiments += _read_row(name, block, row, settings or {}, faults)
+        settings = {} if settings is None else settings
+        if not isinstance(settings, dict):
+            faults.append(f"{where}.rows.{row}: must be a mapping of options; got {settings!r}")
+            continue
+        experiments += _read_row(name, block, row, settings, faults)
     return Study(name, block["title"], tuple(experiments))
 
 
@@ -221,18 +271,30 @@ def _read_row(
     where = f"studies.{study}.rows.{row}"
     scales = settings.get("scales", list(block["scales"]))
     seeds = settings.get("seeds", block["seeds"])
+    keep = settings.get("keep", [])
     own = {key: value for key, value in settings.items() if key not in _ROW_KEYS}
-    for scale in scales:
-        if scale not in block["scales"]:
-            faults.append(f"{where}.scales: {scale!r} is no scale of this study")
-            return []
-    bad_seeds = [seed for seed in seeds if checks.integer(0)(seed)]
-    if not seeds or bad_seeds:
-        faults.append(f"{where}: seeds must be integers from 0; got {seeds}")
+    found = len(faults)
+    try:
+        results.result_path("", study, row, "laptop", 0)
+    except results.ResultError as error:
+        faults.append(f"{where}: {error}")
+    if not _is_list_of(scales, block["scales"]):
+        names = ", ".join(block["scales"])
+        faults.append(
+            f"{where}.scales: must be a list of those of the study, {names}; got {scales!r}"
+        )
+    if not isinstance(seeds, list) or any(map(checks.integer(0), seeds)) or not seeds:
+        faults.append(f"{where}: seeds must be a list of integers from 0; got {seeds!r}")
+    elif len(set(seeds)) < len(seeds):
+        faults.append(f"{where}: seeds must differ; got {seeds!r}")
+    if not _is_list_of(keep, ROLES):
+        faults.append(f"{where}.keep: must be a list of {', '.join(ROLES)}; got {keep!r}")
+    if len(faults) > found:
         return []
     _, options, conflict = RECIPES[block["recipe"]]
     experiments = []
     for scale in scales:
+        found = len(faults)
         config = block["common"] | block["scales"][scale] | own
         faults += [
             f"{where}: option {key!r} is unknown. Options: {', '.join(options)}"
@@ -243,7 +305,7 @@ def _read_row(
                 faults.append(f"{where}: option {key!r} is missing at scale {scale}")
             elif problem := specification(config[key]):
                 faults.append(f"{where}: {key} = {config[key]!r} must be {problem}")
-        if not faults and (problem := conflict(config)):
+        if len(faults) == found and (problem := conflict(config)):
             faults.append(f"{where}: {problem}")
         for seed in seeds:
             experiments.append(
@@ -255,11 +317,15 @@ def _read_row(
                     block["recipe"],
                     block["recipe_version"],
                     config,
-                    tuple(settings.get("keep", ())),
+                    tuple(keep),
                     None,
                 )
             )
     return experiments
+
+
+def _is_list_of(values: object, names: Iterable[str]) -> bool:
+    return isinstance(values, list) and all(value in list(names) for value in values)
 
 
 def _with_needs(study: Study, studies: Mapping[str, Study], faults: list[str]) -> Study:
@@ -277,7 +343,12 @@ def _with_needs(study: Study, studies: Mapping[str, Study], faults: list[str]) -
             others = studies[wanted[0]].experiments if wanted[0] in studies else ()
             trained = next((other for other in others if other[:4] == wanted), None)
             if trained is None:
-                faults.append(f"{experiment.name}: there is no run {wanted} to build on")
+                study_name, row, scale, seed = wanted
+                faults.append(
+                    f"{experiment.name}: there is no run {study_name}/{row}-{scale}-seed{seed} to "
+                    f"build on. Rows of {study_name}: "
+                    + (", ".join(dict.fromkeys(other.row for other in others)) or "none")
+                )
         experiments.append(experiment._replace(needs=trained))
     return study._replace(experiments=tuple(experiments))
 
@@ -302,7 +373,8 @@ def select(
     chosen = list(studies.values()) if study is None else [studies[study]]
     rows = [name for one in chosen for name in one.rows]
     if row is not None and row not in rows:
-        raise ExperimentError(f"unknown row {row!r} of {study}; rows: {', '.join(rows)}")
+        of_study = "" if study is None else f" of {study}"
+        raise ExperimentError(f"unknown row {row!r}{of_study}; rows: {', '.join(rows)}")
     if scale is not None and scale not in SCALES:
         raise ExperimentError(f"unknown scale {scale!r}; scales: {', '.join(SCALES)}")
     found = [
@@ -315,11 +387,11 @@ def select(
         seeds = sorted({experiment.seed for experiment in found})
         raise ExperimentError(
             f"there is no run with seed {seed}; seeds: {', '.join(map(str, seeds)) or 'none'}"
-            + (f" (row {row} has no runs at scale {scale})" if not found else "")
+            + ("" if found else f" ({row or study} has no runs at scale {scale})")
         )
     found = [experiment for experiment in found if seed in (None, experiment.seed)]
     if not found:
-        raise ExperimentError(f"row {row} has no runs at scale {scale}")
+        raise ExperimentError(f"{row or study} has no runs at scale {scale}")
     order = {name: index for index, name in enumerate(studies)}
     return sorted(found, key=lambda e: (order[e.study], e.scale != "laptop", e.seed))
 
@@ -330,21 +402,34 @@ def select(
 def state_of(experiment: Experiment, places: Places | None = None) -> State:
     """Where a run stands, from what is on disk.
 
-    :raises amortised.results.ResultError: if its result is damaged.
+    A result that is damaged, for instance because the process was killed between writing its two
+    files, has to be made again, like one that is stale.
     """
     places = places or Places.of_the_project()
-    path, record = places.result(experiment), None
+    path, record, damage = places.result(experiment), None, None
     if path.exists():
-        record = results.load_result(path).record
+        try:
+            record = results.load_result(path).record
+        except results.ResultError as error:
+            damage = " ".join(str(error).split())
+    if record is not None:
+        builds_on = _builds_on(experiment)
         is_current = (
             record["config_hash"] == results.config_hash(experiment.config)
             and record["recipe_version"] == experiment.recipe_version
+            # Results of before this was recorded say nothing about it.
+            and record.get("details", {}).get("builds_on") in (None, builds_on.get("builds_on"))
         )
         if is_current and record["status"] in ("done", "failed"):
             return State(record["status"], record)
-    if any(places.work(experiment).glob("*.checkpoint")):
-        return State("partial", record)
-    return State("missing" if record is None else "stale", record)
+    if _has_checkpoints(places.work(experiment)):
+        return State("partial", record, damage)
+    return State("missing" if record is None and damage is None else "stale", record, damage)
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    """Whether there is something to go on from; a kill can leave only the one before the last."""
+    return any(path.suffix in (".checkpoint", ".previous") for path in folder.glob("*.checkpoint*"))
 
 
 def run_experiment(
@@ -386,7 +471,7 @@ def run_experiment(
         if state.word == "done" and not again:
             return state
         started, cpu_started = time.time(), time.process_time()
-        is_resumed = any(folder.glob("*.checkpoint"))
+        is_resumed = _has_checkpoints(folder)
         run = Run(
             *experiment[:4],
             config=experiment.config,
@@ -408,6 +493,10 @@ def run_experiment(
         except FloatingPointError as error:
             record |= {"status": "failed", "reason": str(error), "metrics": {}}
             record["provenance"] = _provenance(run, started)
+            if state.word == "done":  # made once more: what was found before is still true
+                record["reason"] += "; the result of before is kept"
+                return State("failed", record)
+            record["details"] = _replaced(state.record) | _builds_on(experiment)
             results.save_result(places.results, record)
             return state_of(experiment, places)
         facts = _provenance(run, started)
@@ -438,9 +527,19 @@ def _finish(
         "status": "done",
         "metrics": results.summarise(per_image),
         "provenance": facts,
-        "details": {**outcome.details, "cpu_seconds": cpu_seconds},
+        "details": {**outcome.details, "cpu_seconds": cpu_seconds, **_builds_on(experiment)},
     }
     results.save_result(places.results, record, per_image)
+
+
+def _replaced(before: dict | None) -> dict:
+    """What the result of a failed run takes the place of, so that no number is lost unseen."""
+    if before is None:
+        return {}
+    if before["status"] == "failed":
+        return {k: v for k, v in before.get("details", {}).items() if k == "replaced"}
+    facts = ("config_hash", "recipe_version", "metrics", "provenance")
+    return {"replaced": {key: before[key] for key in facts}}
 
 
 def _provenance(run: Run, started: float) -> dict:
@@ -484,7 +583,7 @@ def _check_writable(folder: Path) -> None:
     probe = folder / ".writable"
     try:
         data.atomic_write(probe, b"")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another run may be looking at the same moment
     except OSError as error:
         raise OSError(
             error.errno, f"cannot write to {folder} ({error.strerror}); nothing was started"
@@ -498,13 +597,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """``list`` and ``run``; see the head of this module."""
     options = _parser().parse_args(arguments)
     try:
+        root = data.data_folder().parent if options.root is None else options.root
+        options.places = Places.below(root)
         studies = load_studies(options.file)
         if options.command == "list":
             return _list(studies, options)
         return _run(studies, options)
     except CheckpointLockedError as error:
         return _stop(f"another process is at work on this run: {error}", EXIT_USAGE)
-    except (ExperimentError, results.ResultError, data.DataError, OSError, ValueError) as error:
+    except (data.DataError, OSError, ValueError) as error:
         return _stop(str(error), EXIT_USAGE)
     except KeyboardInterrupt:
         return _stop("stopped; the same command goes on from the last checkpoint", 130)
@@ -516,6 +617,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run the studies of the book and keep what they find in data/results.",
     )
     parser.add_argument("--file", type=Path, help="studies; default: workflow/experiments.yaml")
+    parser.add_argument("--root", type=Path, help="folder of data/ and checkpoints/")
     commands = parser.add_subparsers(dest="command", required=True)
     shown = commands.add_parser("list", help="rows with their state and recorded cost")
     shown.add_argument("study", nargs="?")
@@ -541,9 +643,10 @@ def _list(studies: Mapping[str, Study], options: argparse.Namespace) -> int:
     width = max(len(experiment.name) for experiment in chosen)
     counts: dict[str, int] = {}
     for experiment in chosen:
-        state = state_of(experiment)
+        state = state_of(experiment, options.places)
         counts[state.word] = counts.get(state.word, 0) + 1
-        print(f"{experiment.name:<{width}}  {state.word:<8} {_cost(state.record)}".rstrip())
+        facts = state.damage or _cost(state.record)
+        print(f"{experiment.name:<{width}}  {state.word:<8} {facts}".rstrip())
     print(", ".join(f"{count} {word}" for word, count in sorted(counts.items())))
     return 0
 
@@ -571,13 +674,15 @@ def _run(studies: Mapping[str, Study], options: argparse.Namespace) -> int:
     failed = []
     for experiment in chosen:
         try:
-            before = state_of(experiment).word
-            if before != "done":
-                print(f"{experiment.name}: {before}, running", flush=True)
+            before = state_of(experiment, options.places)
+            if before.word != "done" or options.again:
+                note = f" ({before.damage})" if before.damage else ""
+                print(f"{experiment.name}: {before.word}, running{note}", flush=True)
             state = run_experiment(
                 experiment,
                 device=options.device,
                 stop_at=stop_at,
+                places=options.places,
                 again=options.again,
                 progress=True,
             )
