@@ -1,0 +1,334 @@
+"""Recipes: whatever the file of studies asks for, at a size that takes a second."""
+
+from __future__ import annotations
+
+import math
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from amortised import amc, data, evaluation, imputation, mcmc, recipes, results
+from amortised.encoders import GaussianEncoder, ImplicitEncoder
+from amortised.experiments import Experiment, Places, load_studies, run_experiment
+from amortised.recipes import RECIPES, Run
+from amortised.training import OutOfTimeError
+
+TINY = {
+    "training_images": 40,
+    "epochs": 1,
+    "batch_size": 10,
+    "images": 3,
+    "num_samples": 4,
+    "proposal_epochs": 1,
+    "num_chains": 2,
+    "pilot_chains": 1,
+    "num_temperatures": 2,
+    "num_leapfrog": 1,
+    "simulated_pairs": 2,
+    "iterations": 2,
+    "reference_steps": 1,
+    "evaluation_dtype": "float32",
+    "chain_dtype": "float32",
+}
+
+
+def tiny(experiment: Experiment) -> Experiment:
+    """The same experiment in a few steps; its options but for sizes are as they were."""
+    sizes = {name: size for name, size in TINY.items() if name in experiment.config}
+    config = experiment.config | sizes
+    if "num_steps" in config:
+        config["num_steps"] = min(config["num_steps"], 2)
+    needs = None if experiment.needs is None else tiny(experiment.needs)
+    return experiment._replace(config=config, needs=needs, keep=())
+
+
+def kinds_in_use() -> dict[str, Experiment]:
+    """One tiny experiment for each combination of names that the file of studies uses."""
+    found = {}
+    for study in load_studies().values():
+        for experiment in study.experiments:
+            words = [
+                f"{name}={value}" if isinstance(value, int) else value
+                for name, value in experiment.config.items()
+                if isinstance(value, str) and not name.endswith("dtype") and value != "none"
+                if name != "trained_study"
+            ]
+            if (count := experiment.config.get("num_student_samples", 1)) > 1:
+                words.append(f"K={count}")
+            found.setdefault(f"{experiment.recipe}: {' '.join(words)}", tiny(experiment))
+    return found
+
+
+KINDS = kinds_in_use()
+VAE = next(e for e in KINDS.values() if e.config.get("method") == "vae")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _mnist_is_read_once():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_mnist", "load_mnist_binary"):
+            patch.setattr(data, name, cache(getattr(data, name)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Make an experiment, once, after the one that it builds on."""
+    places = Places.below(tmp_path_factory.mktemp("made"))
+
+    def make(experiment: Experiment):
+        if experiment.needs is not None:
+            make(experiment.needs)
+        state = run_experiment(experiment, places=places)
+        assert state.word == "done"
+        return results.load_result(places.result(experiment)), partial(places.weights, experiment)
+
+    return make
+
+
+def assert_equal(left: dict, right: dict) -> None:
+    assert left.keys() == right.keys()
+    for name, values in left.items():
+        assert torch.equal(values, right[name]), name
+
+
+def bare_run(experiment: Experiment, folder: Path, **changes) -> Run:
+    """What the engine hands to a recipe."""
+    return Run(
+        *experiment[:4],
+        **{
+            "config": experiment.config,
+            "device": torch.device("cpu"),
+            "folder": folder,
+            "stop_at": math.inf,
+            "weights_of": None,
+            "progress": False,
+        }
+        | changes,
+    )
+
+
+def test_the_file_of_studies_uses_every_kind_that_these_tests_know():
+    words = {word for kind in KINDS for word in kind.split()}
+    assert {*recipes.METHODS, "gaussian", "cnn_g", "cnn_b"} <= words
+    assert {"langevin", "mala", "hmc", "gan", "wasserstein", "inclusive_kl"} <= words
+    assert {"elbo", "iwae", "dreg", "K=5", "amc_cnn_g_t50"} <= words
+
+
+# --- every kind ----------------------------------------------------------------------------------
+
+
+ON_IMAGES = {
+    "is_ll",
+    "is_ess",
+    "posthoc_is_ll",
+    "posthoc_is_ess",
+    "ais_ll",
+    "ais_ess",
+    "ais_acceptance_rate",
+}
+ON_PAIRS = {"simulated_lower_bound", "simulated_upper_bound", "simulated_gap"}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("imputation")])
+def test_a_row_is_trained_and_evaluated(made, kind):
+    experiment = KINDS[kind]
+    config = experiment.config
+    (record, per_image), weights = made(experiment)
+
+    assert per_image.keys() == ON_IMAGES | ON_PAIRS == record["metrics"].keys()
+    for name, values in per_image.items():
+        assert values.shape == (3,) if name in ON_IMAGES else (2,)
+        assert values.isfinite().all()
+    assert torch.allclose(
+        per_image["simulated_gap"],
+        per_image["simulated_upper_bound"] - per_image["simulated_lower_bound"],
+        atol=1e-3,
+    )
+    # Untrained, all pixels have probability 1/2 and the evidence is about -784 log 2 = -543.
+    assert (per_image["is_ll"] < 0).all() and (per_image["ais_ll"] > -2000).all()
+    assert ((per_image["is_ess"] >= 0.999) & (per_image["is_ess"] <= 4.001)).all()
+    assert ((per_image["ais_acceptance_rate"] >= 0) & (per_image["ais_acceptance_rate"] <= 1)).all()
+    details = record["details"]
+    assert details["steps"] == 4
+    assert all(len(means) == 4 for means in details["history"].values())
+    assert details["seconds"].keys() == {"training", "importance sampling", "annealing", "bounds"}
+
+    # What the files hold is, to the bit, what was evaluated.
+    decoder = evaluation.load_module(weights("decoder")).to(memory_format=torch.channels_last)
+    assert {value.dtype for value in load_file(weights("decoder")).values()} == {torch.float16}
+    x = data.load_mnist_binary("test").images[:3]
+    names = ("num_chains", "pilot_chains", "num_temperatures", "num_leapfrog")
+    settings = {name: config[name] for name in names}
+    annealed = evaluation.hais_ll(decoder, x, seed=experiment.seed, **settings)
+    assert torch.equal(annealed.log_likelihood.float(), per_image["ais_ll"])
+    bounds = evaluation.bdmc_ll(decoder, 2, seed=experiment.seed, **settings)
+    assert torch.equal(bounds.lower.float(), per_image["simulated_lower_bound"])
+    assert torch.equal(bounds.upper.float(), per_image["simulated_upper_bound"])
+    if config.get("encoder") == "none":
+        assert not weights("encoder").exists()
+        return
+    encoder = evaluation.load_module(weights("encoder")).to(memory_format=torch.channels_last)
+    if config.get("encoder", "gaussian") == "gaussian":
+        assert isinstance(encoder, GaussianEncoder)
+        own = evaluation.importance_sampling_ll(decoder, encoder, x, num_samples=4)
+        assert torch.equal(own.log_likelihood.float(), per_image["is_ll"])
+        assert not torch.equal(per_image["posthoc_is_ll"], per_image["is_ll"])
+    else:
+        noise = {"cnn_g": "gaussian", "cnn_b": "bernoulli"}[config["encoder"]]
+        assert isinstance(encoder, ImplicitEncoder) and encoder.noise == noise
+        assert torch.equal(per_image["posthoc_is_ll"], per_image["is_ll"])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("imputation")])
+def test_an_imputation_is_scored(made, kind):
+    (record, per_image), _ = made(KINDS[kind])
+    assert per_image.keys() == {
+        f"{prefix}{mask}_{score}"
+        for prefix in ("", "reference_")
+        for mask in imputation.MASKS
+        for score in ("label_entropy", "l1")
+    }
+    for name, values in per_image.items():
+        assert values.shape == (3,) and (values >= -1e-6).all()
+        assert (values <= (math.log(2) + 1e-6 if "entropy" in name else 1)).all()  # 2 chains
+    assert record["details"]["reference_ess"].keys() == set(imputation.MASKS)
+
+
+# --- what a recipe promises ----------------------------------------------------------------------
+
+
+def test_the_same_seed_is_the_same_run_and_leaves_the_global_stream_alone(made, tmp_path):
+    expected = made(VAE)[0]
+    places = Places.below(tmp_path)
+    torch.manual_seed(123)
+    torch.rand(7)
+    before = torch.get_rng_state()
+    run_experiment(VAE, places=places)
+    assert torch.equal(torch.get_rng_state(), before)
+    again = results.load_result(places.result(VAE))
+    assert_equal(again.per_image, expected.per_image)
+    assert again.record["details"]["history"] == expected.record["details"]["history"]
+    other = VAE._replace(seed=VAE.seed + 1)
+    run_experiment(other, places=places)
+    other = results.load_result(places.result(other))
+    assert not torch.equal(other.per_image["is_ll"], expected.per_image["is_ll"])
+
+
+class Begun(Exception):
+    """Raised in place of training."""
+
+
+@pytest.fixture
+def begin(monkeypatch, tmp_path):
+    """Networks and optimisers of a row, as they are when its training begins."""
+
+    def train(run, step, networks, optimizers, *, indexed=False):
+        raise Begun(networks, optimizers, indexed)
+
+    monkeypatch.setattr(recipes, "_train", train)
+
+    def begin(experiment: Experiment):
+        with torch.random.fork_rng(), pytest.raises(Begun) as begun:
+            torch.manual_seed(experiment.seed)
+            RECIPES[experiment.recipe].function(bare_run(experiment, tmp_path))
+        return begun.value.args
+
+    return begin
+
+
+def test_rows_of_one_seed_start_from_one_decoder(begin):
+    decoders = {
+        kind: begin(experiment)[0]["decoder"].state_dict()
+        for kind, experiment in KINDS.items()
+        if experiment.recipe != "imputation"
+    }
+    first = next(iter(decoders.values()))
+    for kind, decoder in decoders.items():
+        assert all(torch.equal(value, decoder[name]) for name, value in first.items()), kind
+
+
+def test_who_learns_at_which_rate(begin):
+    for kind, experiment in KINDS.items():
+        if experiment.recipe != "amc":
+            continue
+        config = experiment.config
+        networks, optimizers, indexed = begin(experiment)
+        is_game = config["method"] == "avb" or config["rule"] in ("gan", "wasserstein")
+        expected = {"model"} | ({"encoder"} if config["encoder"] != "none" else set())
+        assert optimizers.keys() == expected | ({"discriminator"} if is_game else set()), kind
+        assert indexed == (config["method"] == "persistent") == ("chains" in networks)
+        for name, optimizer in optimizers.items():
+            (group,) = optimizer.param_groups
+            in_game = is_game and name != "model"
+            assert group["lr"] == config["game_learning_rate" if in_game else "learning_rate"]
+            assert group["betas"] == ((0.5, 0.999) if in_game else (0.9, 0.999))
+
+
+def test_a_chain_has_the_kernel_and_the_steps_of_its_options(monkeypatch):
+    experiment = next(e for e in KINDS.values() if e.config.get("kernel") == "hmc")
+    seen = []
+    monkeypatch.setattr(amc, "teacher_samples", lambda *a, **k: seen.append(k))
+    config = experiment.config | {"num_steps": 7, "step_size": 0.25, "num_leapfrog_steps": 3}
+    monkeypatch.setattr(amc, "amc_step", lambda *a, teacher, **k: teacher())
+    recipes._amc_step(config, None, None, None, None, {})(None)
+    assert (seen[0]["num_steps"], seen[0]["step_size"]) == (7, 0.25)
+    assert seen[0]["kernel"].func is mcmc.hmc_step and seen[0]["kernel"].keywords["num_steps"] == 3
+
+
+def test_costs_of_a_chain_are_recorded(made):
+    by_kernel = {
+        (e.config["method"], e.config["kernel"]): made(e)[0].record["details"]
+        for e in KINDS.values()
+        if e.recipe == "amc"
+    }
+    assert by_kernel["vae", "none"]["chain_gradients_per_image"] == 0
+    assert by_kernel["amc", "langevin"]["chain_gradients_per_image"] == 2
+    assert by_kernel["amc", "hmc"]["chain_gradients_per_image"] == 2 * 5
+    assert by_kernel["persistent", "langevin"]["chain_bytes"] == 40 * 32 * 4
+    assert by_kernel["amc", "langevin"]["chain_bytes"] == 0
+
+
+def test_weights_beyond_half_precision_are_a_failure_and_not_a_file(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    recipes._round_to_half(None, network)
+    assert torch.equal(network.weight, network.weight.half().float())
+    torch.nn.init.constant_(network.bias, 1e5)  # finite, but the largest half is 65504
+    with pytest.raises(FloatingPointError, match=r"Linear\.bias is beyond half precision"):
+        recipes._round_to_half(network)
+
+
+def test_no_stage_begins_when_the_time_is_over(tmp_path):
+    with pytest.raises(OutOfTimeError, match="no time is left for the stage 'annealing'"):
+        bare_run(VAE, tmp_path, stop_at=0.0).stage("annealing")
+    assert bare_run(VAE, tmp_path).stage("annealing")["max_seconds"] is None
+
+
+def test_an_imputation_keeps_each_mask_that_is_finished(made, tmp_path, monkeypatch):
+    experiment = next(e for e in KINDS.values() if e.recipe == "imputation")
+    expected = made(experiment)[0].per_image
+    weights = made(experiment.needs)[1]
+    run = bare_run(experiment, tmp_path, weights_of=weights)
+    seen, real = [], imputation.impute
+
+    def impute(*arguments):
+        seen.append(arguments)
+        if len(seen) in (3, 6):
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(imputation, "impute", impute)
+    with pytest.raises(KeyboardInterrupt):
+        RECIPES["imputation"].function(run)
+    outcome = RECIPES["imputation"].function(run)
+    assert len(seen) == 3 + 2
+    assert_equal({name: v.float() for name, v in outcome.per_image.items()}, expected)
+
+    RECIPES["imputation"].function(run)  # all four are there
+    assert len(seen) == 5
+    other = next(e for e in KINDS.values() if e.config.get("encoder") == "cnn_g")
+    with pytest.raises(KeyboardInterrupt):  # nothing is taken over from other weights
+        RECIPES["imputation"].function(run._replace(weights_of=made(other)[1]))
