@@ -471,6 +471,7 @@ def run_experiment(
         if state.word == "done" and not again:
             return state
         started, cpu_started = time.time(), time.process_time()
+        facts = results.provenance(device, started=started)  # of the code as it was read
         is_resumed = _has_checkpoints(folder)
         run = Run(
             *experiment[:4],
@@ -492,14 +493,14 @@ def run_experiment(
                 outcome = RECIPES[experiment.recipe].function(run)
         except FloatingPointError as error:
             record |= {"status": "failed", "reason": str(error), "metrics": {}}
-            record["provenance"] = _provenance(run, started)
+            record["provenance"] = facts | _wall_time(folder, started)
             if state.word == "done":  # made once more: what was found before is still true
                 record["reason"] += "; the result of before is kept"
                 return State("failed", record)
             record["details"] = _replaced(state.record) | _builds_on(experiment)
             results.save_result(places.results, record)
             return state_of(experiment, places)
-        facts = _provenance(run, started)
+        facts |= _wall_time(folder, started)
         cpu_seconds = None if is_resumed else round(time.process_time() - cpu_started, 1)
         _finish(experiment, places, record, outcome, facts, cpu_seconds)
         for path in folder.glob("*.checkpoint*"):
@@ -542,14 +543,11 @@ def _replaced(before: dict | None) -> dict:
     return {"replaced": {key: before[key] for key in facts}}
 
 
-def _provenance(run: Run, started: float) -> dict:
-    """Facts of a run; its wall time is the sum over stages and over interrupted parts."""
-    saved = [read_checkpoint(path) for path in sorted(run.folder.glob("*.checkpoint"))]
+def _wall_time(folder: Path, started: float) -> dict[str, float]:
+    """The wall time of a run, over its stages and over interrupted parts, in seconds."""
+    saved = [read_checkpoint(path) for path in sorted(folder.glob("*.checkpoint"))]
     seconds = sum(tree["seconds"] for tree in saved if tree is not None)
-    seconds = max(seconds, time.time() - started)
-    return results.provenance(
-        run.device, started=started, wall_seconds=seconds, datasets=("mnist",)
-    )
+    return {"wall_seconds": round(max(seconds, time.time() - started), 3)}
 
 
 def _weights_of(experiment: Experiment, places: Places, role: str) -> Path:
