@@ -1,0 +1,266 @@
+r"""Tables of a study: published values, recorded runs, differences, and where each number is from.
+
+Two errors belong to a mean over images and seeds, and no table here mixes them. The *image error*
+is the standard error over test images, for the networks that were trained: other images of the same
+kind would change the mean by about this much. The *seed error* is the standard error over
+trainings, from the spread of the seeds' means: training again would change it by about that much.
+A claim about two networks needs the first; a claim about two methods needs the second, and a single
+seed has none. Cells print ``mean ± image error (seeds ± seed error)``.
+
+A cell without a run names the command that makes it. Nothing here computes anything new: all values
+are those of ``data/results``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .data import data_folder
+from .results import Estimate, Result, Table, load_result, markdown_table, mean_and_se
+
+__all__ = [
+    "Pooled",
+    "command",
+    "load_study",
+    "metric_table",
+    "paired",
+    "paired_table",
+    "pool",
+    "run_table",
+    "study_table",
+]
+
+Study = Mapping[str, Sequence[Result]]
+
+
+class Pooled(NamedTuple):
+    """A mean over images and seeds with its two errors.
+
+    :ivar mean: over all images and seeds.
+    :ivar image_se: standard error over images, of the means over seeds.
+    :ivar seed_se: standard error over seeds, of the means over images; None for a single seed.
+    :ivar num_images, num_seeds: how many there are.
+    """
+
+    mean: float
+    image_se: float
+    seed_se: float | None
+    num_images: int
+    num_seeds: int
+
+    def text(self, decimals: int = 2) -> str:
+        """As the tables print it.
+
+        >>> Pooled(-95.1, 2.25, 0.3, 100, 3).text(), Pooled(-95.1, 2.25, None, 100, 1).text(1)
+        ('-95.10 ± 2.25 (seeds ± 0.30)', '-95.1 ± 2.2 (one seed)')
+        """
+        seeds = "one seed" if self.seed_se is None else f"seeds ± {self.seed_se:.{decimals}f}"
+        return f"{self.mean:.{decimals}f} ± {self.image_se:.{decimals}f} ({seeds})"
+
+
+def pool(values: Sequence[Tensor]) -> Pooled:
+    r"""Pool one vector of per-image values for each seed.
+
+    With :math:`v_{sn}` the value of seed s and image n, the image error is that of
+    :math:`\frac1S \sum_s v_{sn}` over n, the seed error that of :math:`\frac1N \sum_n v_{sn}` over
+    s. Both are as in :func:`amortised.results.mean_and_se`.
+
+    :param values: for each seed a vector ``[N]``, the same images in the same order.
+    :raises ValueError: without a seed, or when the seeds have different numbers of images.
+
+    >>> pool([torch.tensor([0.0, 2.0]), torch.tensor([2.0, 4.0])])
+    Pooled(mean=2.0, image_se=1.0, seed_se=1.0, num_images=2, num_seeds=2)
+    """
+    sizes = sorted({len(vector) for vector in values})
+    if len(sizes) != 1:
+        raise ValueError(f"seeds must have the same images; their numbers of images are {sizes}")
+    table = torch.stack([vector.double() for vector in values])
+    over_images = mean_and_se(table.mean(0))
+    seed_se = mean_and_se(table.mean(1)).se if len(table) > 1 else None
+    return Pooled(over_images.mean, over_images.se, seed_se, sizes[0], len(table))
+
+
+def command(study: str, row: str, scale: str) -> str:
+    """The command that makes a result.
+
+    >>> command("amc_table1", "vae", "full")
+    'python -m amortised.experiments run amc_table1 vae --scale full'
+    """
+    return f"python -m amortised.experiments run {study} {row} --scale {scale}"
+
+
+def load_study(
+    study: str, scale: str, root: str | Path | None = None, status: str = "done"
+) -> dict[str, list[Result]]:
+    """All results of a study at one scale, checked, by row and in the order of their seeds.
+
+    :param study: its name.
+    :param scale: ``"laptop"``, ``"full"``, ...
+    :param root: the folder of all studies; ``data/results`` by default.
+    :param status: keep the results of this status.
+    :return: ``{row: [result, ...]}``, empty where nothing is recorded.
+    :raises amortised.results.ResultError: when a file is damaged.
+
+    >>> load_study("no_such_study", "full")
+    {}
+    """
+    root = data_folder() / "results" if root is None else Path(root)
+    found: dict[str, list[Result]] = {}
+    for path in sorted((root / study).glob(f"*-{scale}-seed*.json")):
+        result = load_result(path)
+        if result.record["status"] == status:
+            found.setdefault(result.record["row"], []).append(result)
+    for results in found.values():
+        results.sort(key=lambda result: result.record["seed"])
+    return found
+
+
+def _metric(results: Iterable[Result], metric: str) -> list[Tensor]:
+    return [result.per_image[metric] for result in results if metric in result.per_image]
+
+
+def study_table(
+    study: str,
+    labels: Mapping[str, str],
+    metric: str,
+    published: Mapping[str, str] | None = None,
+    scales: Sequence[str] = ("full", "laptop"),
+    *,
+    root: str | Path | None = None,
+    decimals: int = 2,
+) -> Table:
+    """Published beside recorded values of one metric, a row of the study in each line.
+
+    :param study: its name.
+    :param labels: ``{row: label}``, in the order of the table.
+    :param metric: name of a per-image metric of the results.
+    :param published: ``{row: printed value}``; no such column by default.
+    :param scales: a column for each.
+    :param root: as in :func:`load_study`.
+    :param decimals: digits after the point.
+    :return: the table. An empty cell holds the end of the command that fills it.
+
+    >>> table = study_table("no_such_study", {"vae": "VAE"}, "ais_ll", {"vae": "-80.64"}, ["full"])
+    >>> print(table)
+    | row | published | full |
+    | :-- | :-- | :-- |
+    | VAE | -80.64 | `run no_such_study vae --scale full` |
+    <BLANKLINE>
+    Code is not recorded yet; `python -m amortised.experiments` before it makes the cell.
+    """
+    loaded = {scale: load_study(study, scale, root) for scale in scales}
+    is_missing, lines = False, []
+    for row, label in labels.items():
+        cells = []
+        for scale in scales:
+            values = _metric(loaded[scale].get(row, []), metric)
+            is_missing |= not values
+            empty = f"`{command(study, row, scale).removeprefix(_PROGRAM)}`"
+            cells.append(pool(values).text(decimals) if values else empty)
+        lines.append([label, *([published.get(row)] if published else []), *cells])
+    header = ["row", *(["published"] if published else []), *scales]
+    note = f"\n\nCode is not recorded yet; `{_PROGRAM.strip()}` before it makes the cell."
+    return Table(markdown_table(header, lines) + (note if is_missing else ""))
+
+
+_PROGRAM = "python -m amortised.experiments "
+
+
+def metric_table(
+    results: Study, labels: Mapping[str, str], metrics: Mapping[str, str], decimals: int = 2
+) -> Table:
+    """Several metrics of a study at one scale side by side; a dash where there is no value.
+
+    :param results: what :func:`load_study` returns.
+    :param labels: ``{row: label}``, in the order of the table.
+    :param metrics: ``{title: per-image metric}``, a column for each.
+
+    >>> print(metric_table({}, {"vae": "VAE"}, {"IS-LL": "is_ll"}))
+    | row | IS-LL |
+    | :-- | --: |
+    | VAE | – |
+    """
+    lines = []
+    for row, label in labels.items():
+        columns = [_metric(results.get(row, []), metric) for metric in metrics.values()]
+        lines.append([label, *(pool(c).text(decimals) if c else None for c in columns)])
+    return markdown_table(["row", *metrics], lines)
+
+
+def paired(results: Study, row: str, baseline: str, metric: str) -> tuple[Pooled, list[Estimate]]:
+    """``row`` minus ``baseline`` over the same images, seed by seed and pooled.
+
+    :param results: what :func:`load_study` returns.
+    :return: the pooled difference, and the paired difference of each seed that both rows have.
+    :raises ValueError: when no seed has both rows with this metric.
+    """
+    a, b = (
+        {result.record["seed"]: result.per_image.get(metric) for result in results.get(name, [])}
+        for name in (row, baseline)
+    )
+    seeds = [seed for seed in a if a[seed] is not None and b.get(seed) is not None]
+    if not seeds:
+        raise ValueError(f"no seed has {metric} for both {row} and {baseline}")
+    differences = [a[seed].double() - b[seed].double() for seed in seeds]
+    return pool(differences), [mean_and_se(difference) for difference in differences]
+
+
+def paired_table(
+    results: Study,
+    pairs: Sequence[tuple[str, str]],
+    metric: str,
+    labels: Mapping[str, str],
+    decimals: int = 2,
+) -> Table:
+    """Differences between rows of a study over the same images, in pairs.
+
+    :param results: what :func:`load_study` returns.
+    :param pairs: ``(row, baseline)``; pairs without a common seed are shown with dashes.
+    :param metric: name of a per-image metric.
+    :param labels: ``{row: label}``.
+    """
+    lines = []
+    for row, baseline in pairs:
+        try:
+            pooled, by_seed = paired(results, row, baseline, metric)
+            cells = [pooled.text(decimals), "; ".join(f"{e.mean:.{decimals}f}" for e in by_seed)]
+        except ValueError:
+            cells = [None, None]
+        lines.append([f"{labels[row]} minus {labels[baseline]}", *cells])
+    return markdown_table(["difference, in pairs", "mean", "seed by seed"], lines)
+
+
+def run_table(results: Study, study: str, labels: Mapping[str, str]) -> Table:
+    """Where the numbers come from: file, commit, device and time of each row's runs.
+
+    :param results: what :func:`load_study` returns.
+    :param study: its name.
+    :param labels: ``{row: label}``; rows without a run are left out.
+    :return: for each row the path of its result files, the commits of its runs, their device with
+        its threads, and the mean wall time in minutes.
+    """
+    lines = []
+    for row, label in labels.items():
+        runs = [result.record for result in results.get(row, [])]
+        if not runs:
+            continue
+        seeds = ",".join(str(run["seed"]) for run in runs)
+        seeds = f"{{{seeds}}}" if len(runs) > 1 else seeds
+        facts = [run["provenance"] for run in runs]
+        commits = {(fact["commit"] or "unknown")[:7] + "*" * bool(fact["dirty"]) for fact in facts}
+        devices = {
+            fact["device"]["name"]
+            + (f", {n} threads" if (n := fact["device"].get("threads", 1)) > 1 else "")
+            for fact in facts
+        }
+        minutes = math.fsum(fact["wall_seconds"] for fact in facts) / len(facts) / 60
+        path = f"data/results/{study}/{row}-{runs[0]['scale']}-seed{seeds}.json"
+        device = ", ".join(sorted(devices))
+        lines.append([label, f"`{path}`", ", ".join(sorted(commits)), device, f"{minutes:.1f}"])
+    return markdown_table(["row", "files", "commit", "device", "minutes a run"], lines)
