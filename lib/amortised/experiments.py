@@ -459,16 +459,17 @@ def run_experiment(
     if problem:
         raise ExperimentError(f"device {device!r}: must be {problem}")
     state = state_of(experiment, places)
-    if state.word == "done" and not again:
+    folder = places.work(experiment)
+    if state.word == "done" and not again and not _has_checkpoints(folder):
         return state
     _check_writable(places.results / experiment.study)
     if experiment.keep and experiment.seed == 0:
         _check_writable(places.models / experiment.study)
-    folder = places.work(experiment)
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint_lock(folder / "run"):
         state = state_of(experiment, places)  # another process may have ended it just now
         if state.word == "done" and not again:
+            _tidy(experiment, places)  # it was killed before it could
             return state
         started, cpu_started = time.time(), time.process_time()
         facts = results.provenance(device, started=started)  # of the code as it was read
@@ -503,8 +504,7 @@ def run_experiment(
         facts |= _wall_time(folder, started)
         cpu_seconds = None if is_resumed else round(time.process_time() - cpu_started, 1)
         _finish(experiment, places, record, outcome, facts, cpu_seconds)
-        for path in folder.glob("*.checkpoint*"):
-            path.unlink(missing_ok=True)
+        _tidy(experiment, places)
     return state_of(experiment, places)
 
 
@@ -531,6 +531,17 @@ def _finish(
         "details": {**outcome.details, "cpu_seconds": cpu_seconds, **_builds_on(experiment)},
     }
     results.save_result(places.results, record, per_image)
+
+
+def _tidy(experiment: Experiment, places: Places) -> None:
+    """Remove the checkpoints, and what a process that was killed while it wrote has left."""
+    folder, stem = places.work(experiment), places.result(experiment).stem
+    leftovers = [*folder.glob("*.checkpoint*"), *folder.glob(".*.tmp")]
+    for place in (places.results, places.models):
+        for pattern in (f".{stem}.*.tmp", f"..{stem}.*.tmp", f".{stem}-*.tmp"):
+            leftovers += (place / experiment.study).glob(pattern)
+    for path in leftovers:
+        path.unlink(missing_ok=True)
 
 
 def _replaced(before: dict | None) -> dict:
