@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import struct
 import subprocess
 import tempfile
 import time
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from amortised import data, results
+from amortised.experiments import load_studies, select
 from amortised.results import Estimate, ResultError
 
 ROOT = data.data_folder().parent
@@ -60,16 +62,134 @@ def temporary_files(folder):
 
 # -------------------------------------------------------------------------- what the project holds
 
+RESULTS = ROOT / "data/results"
+OUTSIDE = {"reference"}  # studies whose results come from elsewhere than the file of studies
 
-def test_every_committed_result_is_whole_and_agrees_with_its_per_image_values():
-    folder = ROOT / "data/results"
-    records = sorted(folder.glob("*/*.json"))
+
+def committed():
+    """Paths of the committed results, by name."""
+    return {f"{path.parent.name}/{path.stem}": path for path in sorted(RESULTS.glob("*/*.json"))}
+
+
+def experiments_by_name():
+    studies = load_studies()
+    return {experiment.name: experiment for experiment in select(studies)}
+
+
+def fault_of(name, record, known):
+    """What is wrong with a committed result of a study; None if it is current."""
+    study, rest = name.split("/")
+    row, scale, seed = re.fullmatch(r"(\w+)-(\w+)-seed(\d+)", rest).groups()
+    command = f"python -m amortised.experiments run {study} {row} --scale {scale} --seed {seed}"
+    if name not in known:
+        return f"{name} is no run of workflow/experiments.yaml; remove it or add its row and seed"
+    experiment = known[name]
+    if record["status"] != "done":
+        return f"{name} is {record['status']}. Run it again: {command}"
+    if record["config_hash"] != results.config_hash(experiment.config):
+        return f"{name} is stale, its options have changed. Run it again: {command}"
+    if record["recipe_version"] != experiment.recipe_version:
+        return f"{name} is stale, its recipe has changed. Run it again: {command}"
+    trained = record["details"].get("builds_on")
+    if experiment.needs is not None and trained is not None:
+        needed = experiment.needs
+        if (trained["config_hash"], trained["recipe_version"]) != (
+            results.config_hash(needed.config),
+            needed.recipe_version,
+        ):
+            return f"{name} is stale, {needed.name} has changed. Run it again: {command}"
+    return None
+
+
+def test_every_committed_result_is_whole_and_lies_beside_its_values():
+    records = committed().values()
     for path in records:
-        results.load_result(path)
+        results.load_result(path)  # schema, digest of the values, agreement of both
     expected = {path.with_suffix("") for path in records}
-    others = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"]
+    others = [path for path in RESULTS.rglob("*") if path.is_file() and path.suffix != ".json"]
     for path in others:
         assert path.suffix == ".safetensors" and path.with_suffix("") in expected, path
+
+
+def test_studies_outside_the_file_are_few_and_known():
+    assert {name.split("/")[0] for name in committed()} - load_studies().keys() == OUTSIDE
+
+
+def test_every_committed_result_of_a_study_is_current():
+    known, faults = experiments_by_name(), []
+    for name, path in committed().items():
+        if name.split("/")[0] not in OUTSIDE:
+            fault = fault_of(name, results.load_result(path).record, known)
+            faults += [] if fault is None else [fault]
+    assert not faults, "\n".join(faults)
+
+
+def test_the_figures_of_the_tables_follow_from_the_values_per_image():
+    """Means and standard errors by hand, from the bytes of the file and nothing of the library."""
+    for name, path in committed().items():
+        record = json.loads(path.read_text())
+        content = path.with_suffix(".safetensors").read_bytes()
+        assert hashlib.sha256(content).hexdigest() == record["per_image_sha256"], name
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:end])
+        written = json.loads(header.pop("__metadata__")["amortised"])
+        assert written["config_hash"] == record["config_hash"], name
+        assert header.keys() == record["metrics"].keys(), name
+        for metric, place in header.items():
+            begin, stop = (end + offset for offset in place["data_offsets"])
+            values = [value for (value,) in struct.iter_unpack("<f", content[begin:stop])]
+            n, mean = len(values), math.fsum(values) / len(values)
+            se = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
+            stated = record["metrics"][metric]
+            assert place["dtype"] == "F32" and place["shape"] == [n] and stated["n"] == n
+            assert stated["mean"] == pytest.approx(mean, rel=1e-12, abs=1e-12), (name, metric)
+            assert stated["se"] == pytest.approx(se, rel=1e-9, abs=1e-12), (name, metric)
+
+
+def test_committed_results_belong_to_the_images_they_claim():
+    for name, path in committed().items():
+        if name.split("/")[0] in OUTSIDE:
+            continue
+        record, per_image = results.load_result(path)
+        assert record["provenance"]["data_sha256"] == data.digests("mnist"), name
+        assert re.fullmatch("[0-9a-f]{40}", record["provenance"]["commit"] or ""), name
+        config = record["config"]
+        for metric, values in per_image.items():
+            pairs = metric.startswith("simulated_")
+            assert len(values) == config["simulated_pairs" if pairs else "images"], (name, metric)
+
+
+def test_a_result_that_is_not_of_the_file_is_found_out():
+    known = experiments_by_name()
+    name = "amc_table1/vae-laptop-seed0"
+    experiment = known[name]
+    good = {
+        "status": "done",
+        "config_hash": results.config_hash(experiment.config),
+        "recipe_version": experiment.recipe_version,
+        "details": {},
+    }
+    assert fault_of(name, good, known) is None
+    command = "python -m amortised.experiments run amc_table1 vae --scale laptop --seed 0"
+    other = results.config_hash(experiment.config | {"epochs": 7})
+    for change, message in (
+        ({"config_hash": other}, "vae-laptop-seed0 is stale, its options have changed"),
+        ({"recipe_version": 99}, "vae-laptop-seed0 is stale, its recipe has changed"),
+        ({"status": "failed"}, "vae-laptop-seed0 is failed"),
+    ):
+        fault = fault_of(name, good | change, known)
+        assert message in fault and fault.endswith(command)
+    for stranger in ("vae-laptop-seed7", "vea-laptop-seed0", "vae-smoke-seed0"):
+        assert "is no run of workflow/experiments.yaml" in fault_of(
+            f"amc_table1/{stranger}", good, known
+        )
+    name = "amc_imputation/vae-laptop-seed0"
+    good |= {"config_hash": results.config_hash(known[name].config)}
+    trained = {"config_hash": other, "recipe_version": experiment.recipe_version}
+    fault = fault_of(name, good | {"details": {"builds_on": trained}}, known)
+    assert "is stale, amc_table1/vae-laptop-seed0 has changed" in fault
+    trained["config_hash"] = results.config_hash(experiment.config)
+    assert fault_of(name, good | {"details": {"builds_on": trained}}, known) is None
 
 
 # -------------------------------------------------------------------------------------- statistics
