@@ -35,7 +35,7 @@
 seed: int = 0  # seed of every random stream in the chapter
 num_seeds: int = 3  # encoders trained side by side from different starting points
 num_steps: int = 1500  # optimiser steps for each loss
-batch_size: int = 200  # observations in a step, for each seed
+batch_size: int = 1000  # observations in a step, for each seed
 num_draws: int = 20_000  # Monte Carlo draws behind each measured mean and variance
 
 # %%
@@ -191,7 +191,7 @@ for _ in range(200):
     descent.step()
 for i, (_, _, label) in enumerate(styles):
     print(f"{label}: KL(p‖q) = {forward[i]:.3f}, KL(q‖p) = {reverse[i]:.3f}")
-exact, walks = mixture.posterior(x_shown).log_prob(z_grid).exp(), torch.stack(path[::5], -1)
+exact, walks = mixture.posterior(x_shown).log_prob(z_grid).exp(), torch.stack(path[::8], -1)
 
 
 def draw(figure, frame):
@@ -207,7 +207,7 @@ def draw(figure, frame):
     right.set(xlim=(-7, 7), ylim=(-1.6, 6), xlabel="mean $\\mu$", ylabel="scale $\\sigma$")
 
 
-plotting.animate(draw, 40, size=(6.4, 3.0), dpi=110, alt="q moves under each divergence")
+plotting.animate(draw, 25, size=(6.4, 3.0), dpi=110, alt="q moves under each divergence")
 
 # %% [markdown]
 # The rule is visible in the integrands.
@@ -232,6 +232,8 @@ plotting.animate(draw, 40, size=(6.4, 3.0), dpi=110, alt="q moves under each div
 # With $\mu_0 = 0$ and $\sigma_0 = \sigma = 1$ the difference is $c^* = \sqrt{1/2}$ against $1/2$.
 #
 # All seeds train together: a leading dimension of size `num_seeds` runs through parameters and data, and the losses add up without touching each other.
+# The note publishes no settings. Here every encoder takes `num_steps` steps of Adam, whose size falls to zero along a cosine, and every step sees `batch_size` new observations.
+# A step with a thousand of them takes hardly longer than one with a hundred, so we prefer large batches to many steps.
 
 
 # %%
@@ -264,6 +266,12 @@ def claim(statement, holds):
     """Assert what trained encoders do; a run too short to train them only reports it."""
     assert holds or num_steps < 1000, statement
     print("✓" if holds else "✗", statement)
+
+
+def branch_error(encoder, model, x):  # for examples 3 and 4
+    """Largest error of the probability of any branch, over all x and seeds."""
+    learned, exact = (q.mixture_distribution.probs for q in (at(encoder, x), model.posterior(x)))
+    return (learned - exact).abs().max()
 
 
 # %%
@@ -340,24 +348,27 @@ plt.show()
 
 # %%
 class GaussianNetworks(nn.Module):
-    def __init__(self):
+    def __init__(self, input_scale=1.0):
         super().__init__()
         self.networks = encoders.ParallelPerceptrons(num_seeds, 1, 16, 16, 2)
+        self.input_scale = input_scale
 
     def forward(self, x):
-        mean, log_scale = self.networks(x).chunk(2, dim=-1)
+        mean, log_scale = self.networks(x / self.input_scale).chunk(2, dim=-1)
         return Independent(Normal(10 * mean, 10 * log_scale.exp()), 1)
 
 
 # %%
-cover, seek = GaussianNetworks(), GaussianNetworks()
+cover, seek, tenth = GaussianNetworks(), GaussianNetworks(), GaussianNetworks(input_scale=10.0)
 fit(cover, pq, mixture)
-fit(seek, qp, mixture, step_size=0.005)
-warm = copy.deepcopy(cover)  # qp once more, from the encoder that pq has trained
-fit(warm, qp, mixture, step_size=0.005)
+fit(tenth, pq, mixture)
+warm, warm_tenth = copy.deepcopy(cover), copy.deepcopy(tenth)  # qp, from what pq has trained
+trained = (cover, tenth, seek, warm, warm_tenth)
+for encoder in trained[2:]:
+    fit(encoder, qp, mixture, step_size=0.005)
 
 # %% [markdown]
-# We trained qp twice, for a reason that the average divergences make plain.
+# We trained pq twice and qp three times, for reasons that the average divergences make plain.
 # Below they are averaged over $p(x)$, by quadrature, beside the best that a Gaussian can do for each $x$ alone.
 
 
@@ -378,22 +389,30 @@ def best_gaussians(x):
 # %%
 x_grid = torch.linspace(-60, 60, 1201).unsqueeze(-1)
 density = mixture.log_evidence(x_grid).softmax(0)  # p(x) on the grid, sum 1
-fitted = {"pq": cover, "qp, random start": seek, "qp, started from pq": warm}
-fitted = {name: at(encoder, x_grid) for name, encoder in fitted.items()}
+names = ("pq", "pq, fed x/10", "qp, random start", "qp, from pq", "qp, from pq, fed x/10")
+fitted = {n: at(encoder, x_grid) for n, encoder in zip(names, trained, strict=True)}
 fitted |= zip(("optimum of pq", "optimum of qp"), best_gaussians(x_grid), strict=True)
 kl = {n: [(density * k).sum(-1) for k in divergences(q, x_grid)] for n, q in fitted.items()}
 rows = [[n, *(", ".join(f"{v:.3f}" for v in k.flatten()) for k in pair)] for n, pair in kl.items()]
+fed_x, fed_tenth = (kl[name][1] for name in names[3:])
+claim("qp ends higher if fed x/10, whatever the seed", fed_tenth.min() > fed_x.max())
 results.markdown_table(["encoder", "mean KL(p‖q), each seed", "mean KL(q‖p), each seed"], rows)
 
 # %% [markdown]
-# Read the first and the fourth row: pq reaches its optimum with every seed.
+# Read the first row and the last but one: pq reaches its optimum with every seed.
 # Read the columns: each loss buys its own divergence and pays with the other, many times over.
-# Read the second row: from a random start, qp may end far above its optimum.
+# Read the third row: from a random start, qp may end far above its optimum.
 # {numref}`fig-pq-motion` showed two local optima for one $x$: whatever mode $q$ is in when it has become narrow, it keeps.
 # Amortisation makes that one choice for all $x$, because a network that has learned a mode for some observations offers it to the others.
 # The remedy is to arrive from the covering side. The pq encoder is wide and centred on the posterior mean, which has the sign of the larger mode;
 # from there qp closes in on the right one. Only near $x = 0$, where it matters least, is the choice left to the seed,
 # and there a smooth network must pass between the modes.
+#
+# The remaining rows concern the input. As $x$ has a scale of 11, it would be usual to feed a network $x / 10$, lest its hidden units saturate.
+# pq does not mind. qp does: its optimal mean jumps by ten as $x$ changes sign, and a network that sees $x / 10$ needs ten times the weights for a jump as steep.
+# In this many steps it rounds the jump, or gives it up and takes one mode for all $x$; the cell asserts that every seed ends above all those that were fed $x$.
+# Patience helps: with ten thousand steps of size 0.001 most such networks find the jump too, from the covering side. That is seven times as many steps, and not for a page that runs in a minute.
+# So this example feeds $x$ as it is. Example 3, whose outputs are smooth in $x$, feeds $x / 10$.
 #
 # Now $x$ by $x$. Of the mean we show the absolute value, because at $x = 0$ the two modes tie; errors are the largest of any seed.
 
@@ -416,6 +435,9 @@ results.markdown_table(["loss", "$x$", *titles], rows, decimals=3)
 # Nothing is wrong with the loss. But {eq}`eq-pq-frame` weights every error with $f(x)$, and $f = p$ is nearly zero out there.
 # So change $f$ and leave all else as it is: draw $x \sim \mathcal{N}(0, 40^2)$, and $z$ from the posterior at that $x$, which this toy model lets us do.
 # (The other way to change $f$, the weight $w(x)$, is for {ref}`ex-pq-weight`.)
+#
+# A scale is learned from draws, and even this proposal puts only one in twenty beyond $|x| = 80$. With 200 observations a step instead of 1,000
+# the scale at $x = 80$ scatters over the seeds by several per cent, and a seed now and then misses the bound that the next cell asserts.
 
 
 # %%
@@ -427,6 +449,11 @@ def pq_wide(encoder):
 
 wide = GaussianNetworks()
 fit(wide, pq_wide)
+x_usual = x_test[1:4]  # 5, 10 and 20
+for name, encoder, best in zip(("pq", "qp"), (cover, warm), best_gaussians(x_usual), strict=True):
+    q = at(encoder, x_usual)
+    off = [(q.mean - best.mean).abs().max() / 0.2, (q.stddev / best.stddev - 1).abs().max() / 0.05]
+    claim(f"{name} on p(x): means within 0.2, scales within 5 % at x = 5, 10, 20", max(off) < 1)
 for bound in (30.0, 40.0):
     draws = num_steps * batch_size * density[x_grid[:, 0].abs() > bound].sum()
     print(f"|x| > {bound:.0f}: about {draws:.0f} of {num_steps * batch_size:,} draws from p(x)")
@@ -435,7 +462,7 @@ ratio_narrow, ratio_wide = (at(q, x_test).stddev[:, -2:] / exact for q in (cover
 claim("pq on p(x): scales at x = 50 and 80 at least 50 % too wide", ratio_narrow.min() > 1.5)
 claim("pq on the wide proposal: within 10 %", (ratio_wide - 1).abs().max() < 0.1)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-mixture", "caption": "Example 2, every seed. Top: posterior (filled) and learned Gaussians at five observations: pq covers, qp seeks, and at $x = 50$, with one mode left, pq is still too wide. Bottom: the network outputs against $x$; wide pale lines are the optima {eq}`eq-pq-optima`. Dotted: pq trained on the wide proposal. Shaded: the two densities of training observations, not to one scale. The scale drops where training looks."}, "image": {"alt": "Top: five panels for x from 0 to 50. The posterior goes from two equal peaks to one; pq Gaussians are wide and centred between the peaks, qp Gaussians sit on the larger peak. Bottom left: pq means follow an S-shaped curve, qp means jump from minus 5 to plus 5 at zero. Bottom right: qp scales are constant near 1; pq scales peak at 5 and follow their optimum to about x = 30, then stay near 2.7, while those trained on the wide proposal follow it down to 1."}}
+# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-mixture", "caption": "Example 2, every seed. Top: posterior (filled) and learned Gaussians at five observations: pq covers, qp seeks, and at $x = 50$, with one mode left, pq is still too wide. Bottom: the network outputs against $x$; wide pale lines are the optima {eq}`eq-pq-optima`. Dotted: pq trained on the wide proposal. Shaded: the two densities of training observations, not to one scale. The scale drops where training looks."}, "image": {"alt": "Top: five panels for x from 0 to 50. The posterior goes from two equal peaks to one; pq Gaussians are wide and centred between the peaks, qp Gaussians sit on the larger peak. Bottom left: pq means follow an S-shaped curve, qp means jump from minus 5 to plus 5 at zero. Bottom right: qp scales are constant near 1; pq scales peak at 5 and follow their optimum to about x = 30, then stay above 2, while those trained on the wide proposal follow it down to 1."}}
 x_wide = torch.linspace(-80, 80, 321).unsqueeze(-1)
 learners = ((cover, PQ, "-", "pq"), (warm, QP, "--", "qp"), (wide, PQ, ":", "pq, wide proposal"))
 
@@ -566,7 +593,8 @@ columns = [x_few, truth]
 for name, encoder in joint.items():
     learned = at(encoder, x_few).mixture_distribution.probs[..., 1:]
     columns += [learned.mean(0), (learned - truth).abs().amax(0)]
-    claim(f"{name}: P(+ | x) within 0.05, for every x and seed", columns[-1].max() < 0.05)
+    error = branch_error(encoder, mixture, x_grid[300:901])
+    claim(f"{name}: P(+ | x) within 0.03, for all |x| <= 30 and every seed", error < 0.03)
 titles = ["$x$", "$P(+ \\mid x)$", "pq: mean of seeds", "error", "qp: mean of seeds", "error"]
 rows = [[int(x), *row] for x, *row in torch.cat(columns, -1).tolist()]
 results.markdown_table(titles, rows, decimals=3)
@@ -731,8 +759,9 @@ for truth, learned in (
     (exact.stddev, q.stddev),
 ):
     columns += [truth, learned.mean(0), (learned - truth).abs().amax(0)]
-error = (q.mixture_distribution.probs - exact.mixture_distribution.probs).abs().max()
-claim("the probability of every path within 0.06, for every x and seed", error < 0.06)
+x_band = torch.linspace(-8, 8, 161).unsqueeze(-1)
+error = branch_error(opener, universe, x_band)
+claim("the probability of every path within 0.05, for all |x| <= 8 and every seed", error < 0.05)
 titles = [
     t for name in ("$P(n = 1 \\mid x)$", "mean", "scale") for t in (name, "mean of seeds", "error")
 ]
@@ -740,7 +769,6 @@ rows = [[f"{x:g}", *row] for x, *row in torch.cat(columns, -1).tolist()]
 results.markdown_table(["$x$", *titles], rows, decimals=3)
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-universe", "caption": "Example 4: inferred and true posteriors. Left: over the number of clusters and, given two, over the component; exact values as wide pale lines, every seed as a thin one. Right: over the value $z$ at three observations, exact (filled) and learned (lines)."}, "image": {"alt": "Left panel: the probability of one cluster is near one for small x and falls to zero beyond 2.8; the probability of the right component is a steep sigmoid. Right panels: densities of z at x equal to 1, 2.5 and 5, with learned lines on the exact shapes, two-peaked at 2.5."}}
-x_band = torch.linspace(-8, 8, 161).unsqueeze(-1)
 figure, axes = plt.subplots(1, 4, figsize=(7.6, 2.8), width_ratios=(2, 1, 1, 1))
 for q, style in (
     (universe.posterior(x_band), {"lw": 5, "alpha": 0.3}),
