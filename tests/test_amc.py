@@ -23,7 +23,13 @@ from amortised.amc import (
     teacher_samples,
     vae_step,
 )
-from amortised.encoders import GaussianEncoder, ImplicitEncoder
+from amortised.encoders import (
+    BlockPerceptrons,
+    GaussianEncoder,
+    ImplicitEncoder,
+    MixtureEncoder,
+    ParallelPerceptrons,
+)
 from amortised.mcmc import hmc_step, langevin_step, mala_step
 from amortised.models import ConvBernoulli, LinearGaussian
 from amortised.numerics import CallCounter, value_and_grad
@@ -205,6 +211,47 @@ def test_student_samples_of_every_encoder():
     assert categorical.shape == (3, 5) and not categorical.requires_grad
     with pytest.raises(TypeError, match="must return a distribution, not a Tensor"):
         student_samples(nn.Linear(4, 2), x)
+
+
+def test_blocks_of_a_batch_have_networks_of_their_own():
+    """Block s of the batch depends on network s alone, and equals what that network makes of it."""
+    heads = BlockPerceptrons(3, 2, 8, 4)
+    h = torch.randn(5, 6, 2)
+    for s in range(3):
+        lone = ParallelPerceptrons(1, 2, 8, 4)
+        pairs = zip(lone.parameters(), heads.networks.parameters(), strict=True)
+        for parameter, source in pairs:
+            parameter.data = source.data[s : s + 1]
+        block = h[:, 2 * s : 2 * s + 2]
+        expected = lone(block.reshape(1, -1, 2)).reshape(5, 2, 4)
+        torch.testing.assert_close(heads(h)[:, 2 * s : 2 * s + 2], expected)
+    torch.testing.assert_close(heads(h[0]), heads(h)[0])
+    heads(h)[:, :2].sum().backward()
+    assert (heads.networks.weights[0].grad[1:] == 0).all()
+    with pytest.raises(ValueError, match="a batch of 7 has no 3 equal blocks"):
+        heads(torch.zeros(7, 2))
+
+
+def test_inclusive_kl_gives_a_mixture_student_both_modes_and_their_weights():
+    """A teacher with 30 % of its mass at -2 and the rest at 2, sd 0.3."""
+    torch.manual_seed(0)
+    x = torch.zeros(1, 1)
+    side = (torch.rand(4000, 1, 1) < 0.3).float()
+    draws = 2.0 - 4.0 * side + 0.3 * torch.randn(4000, 1, 1)
+    student = MixtureEncoder(1, 2, nn.Identity(), num_features=1)
+    with torch.no_grad():
+        student.head.bias[2:4] = torch.tensor([-0.5, 0.5])
+    optimizers = {"encoder": torch.optim.Adam(student.parameters(), lr=0.05)}
+    for _ in range(300):
+        amc_step(x, None, student, optimizers, teacher=lambda *_: draws, rule="inclusive_kl")
+    q = student(x)
+    weight = q.mixture_distribution.probs[0, 0].item()
+    assert weight == pytest.approx(side.mean().item(), abs=1e-3)
+    torch.testing.assert_close(
+        q.component_distribution.mean.flatten(), torch.tensor([-2.0, 2.0]), atol=0.05, rtol=0
+    )
+    with pytest.raises(TypeError, match="needs a student whose samples have a gradient"):
+        amc_step(x, None, student, optimizers, teacher=lambda *_: draws, rule="mmd", num_samples=8)
 
 
 # --- the rules -----------------------------------------------------------------------------------

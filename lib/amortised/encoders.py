@@ -7,9 +7,16 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-__all__ = ["GaussianEncoder", "ImplicitEncoder", "bounded_log_scale", "conv_trunk"]
+__all__ = [
+    "BlockPerceptrons",
+    "GaussianEncoder",
+    "ImplicitEncoder",
+    "MixtureEncoder",
+    "bounded_log_scale",
+    "conv_trunk",
+]
 
 LOG_SCALE_RANGE = (-8.0, 4.0)
 
@@ -101,6 +108,38 @@ class ParallelPerceptrons(nn.Module):
         return x
 
 
+class BlockPerceptrons(nn.Module):
+    r"""Independent small networks, each for its own block of a batch.
+
+    The batch is cut into S equal blocks of neighbours; network s of :class:`ParallelPerceptrons`
+    sees block s alone. As the ``head`` of an encoder or a discriminator it makes S of them, which
+    learn side by side from S copies of the data: several seeds at once, in code that knows of one.
+
+    :param num_blocks: S.
+    :param sizes: widths, as in :class:`ParallelPerceptrons`.
+
+    >>> heads = BlockPerceptrons(3, 2, 16, 4)
+    >>> heads(torch.zeros(7, 6, 2)).shape  # 7 samples, 3 blocks of 2 observations
+    torch.Size([7, 6, 4])
+    """
+
+    def __init__(self, num_blocks: int, *sizes: int):
+        super().__init__()
+        self.networks, self.num_blocks = ParallelPerceptrons(num_blocks, *sizes), num_blocks
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Outputs ``[..., B, outputs]`` for inputs ``[..., B, inputs]``, B a multiple of S.
+
+        :raises ValueError: when the batch cannot be cut into S equal blocks.
+        """
+        size, rest = divmod(h.shape[-2], self.num_blocks)
+        if rest:
+            raise ValueError(f"a batch of {h.shape[-2]} has no {self.num_blocks} equal blocks")
+        blocks = h.reshape(-1, self.num_blocks, size, h.shape[-1]).transpose(0, 1)
+        out = self.networks(blocks.flatten(1, 2)).unflatten(1, (-1, size))
+        return out.transpose(0, 1).reshape(*h.shape[:-1], -1)
+
+
 class GaussianEncoder(nn.Module):
     r"""Mean-field Gaussian :math:`q_\phi(z \mid x) = \mathcal{N}(\mu_\phi(x), \mathrm{diag}\,
     \sigma_\phi(x)^2)`.
@@ -134,6 +173,51 @@ class GaussianEncoder(nn.Module):
         """
         mean, raw_scale = self.head(self.trunk(x)).chunk(2, dim=-1)
         return Independent(Normal(mean, bounded_log_scale(raw_scale).exp()), 1)
+
+
+class MixtureEncoder(nn.Module):
+    r"""A student with a density and several modes,
+    :math:`q_\phi(z \mid x) = \sum_c w_c(x)\, \mathcal{N}(z; \mu_c(x), \mathrm{diag}\,
+    \sigma_c(x)^2)`.
+
+    Its draws have no gradient: it learns by rules that ask for the density.
+
+    :param latent_dim: D.
+    :param num_components: C.
+    :param trunk: module that maps ``[B, P]`` to ``[B, num_features]``; by default
+        :func:`conv_trunk` for 28 x 28 images.
+    :param num_features: width of the trunk's output.
+
+    >>> encoder = MixtureEncoder(2, 3, trunk=nn.Identity(), num_features=4)
+    >>> q = encoder(torch.ones(5, 4))
+    >>> q.sample((7,)).shape, q.has_rsample
+    (torch.Size([7, 5, 2]), False)
+    """
+
+    def __init__(
+        self,
+        latent_dim: int = 32,
+        num_components: int = 4,
+        trunk: nn.Module | None = None,
+        num_features: int = 500,
+    ):
+        super().__init__()
+        self.latent_dim, self.num_components = latent_dim, num_components
+        self.trunk = conv_trunk(num_features) if trunk is None else trunk
+        self.head = nn.Linear(num_features, num_components * (1 + 2 * latent_dim))
+
+    def forward(self, x: Tensor) -> MixtureSameFamily:
+        """The distribution of ``z`` for each observation.
+
+        :param x: observations, ``[B, P]``.
+        :return: mixture of batch shape ``[B]`` and event shape ``[D]``.
+        """
+        logits, *parts = self.head(self.trunk(x)).split(
+            [self.num_components, *2 * [self.num_components * self.latent_dim]], dim=-1
+        )
+        mean, raw_scale = (part.unflatten(-1, (self.num_components, -1)) for part in parts)
+        components = Independent(Normal(mean, bounded_log_scale(raw_scale).exp()), 1)
+        return MixtureSameFamily(Categorical(logits=logits), components)
 
 
 class ImplicitEncoder(nn.Module):
