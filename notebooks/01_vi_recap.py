@@ -36,7 +36,7 @@ seed: int = 0  # seed of every random number in the chapter
 epochs: int = 3  # passes over the training images
 num_train: int = 25_000  # training images, the first of MNIST's 60,000
 num_eval: int = 24  # test images whose gap is taken apart
-num_importance: int = 2000  # importance samples behind the estimate of log p(x)
+num_importance: int = 2000  # samples behind estimates of log p(x); ten times a local fit's steps
 device: str = "cpu"  # where the images are modelled: "cpu", "cuda", "cuda:1", "mps"
 
 # %%
@@ -660,19 +660,19 @@ plt.show()
 #
 # Two latents are too few for good digits, but a plane can be looked at, and integrated over. On a grid the evidence {eq}`eq-vi-evidence` is a sum.
 # That makes real images a case with a known answer: the gap of an encoder, exact up to the grid.
-# The last two columns anticipate the next section: $\log p_\theta(x)$ estimated from 2,000 draws of the encoder, and how many of them count.
+# The last two columns anticipate the next section: $\log p_\theta(x)$ estimated from `num_importance` draws of the encoder, and how many of them count.
 
 # %%
 line = torch.linspace(-5, 5, 101, device=device)
 grid, x_few = torch.cartesian_prod(line, line)[:, None], x_test[:3]
 log_joint = torch.cat([flat_vae.log_joint(x_few, z) for z in grid.split(100)])
 log_p = torch.logsumexp(log_joint, dim=0) + 2 * torch.log(line[1] - line[0])
-q_flat = flat_encoder(x_few)
-log_w = torch.cat([importance_log_weights(flat_vae, q_flat, x_few, 100) for _ in range(20)])
+q_flat, blocks = flat_encoder(x_few), range(num_importance // 100)
+log_w = torch.cat([importance_log_weights(flat_vae, q_flat, x_few, 100) for _ in blocks])
 sampled, effective = log_mean_exp(log_w, dim=0), effective_sample_size(log_w)
 columns = [log_p, log_w.mean(0), log_p - log_w.mean(0), sampled, effective]
 rows = [(f"test image {i}", *(c[i].item() for c in columns)) for i in range(3)]
-markdown_table(["", "log p(x), grid", "bound", "gap", "K = 2000", "effective"], rows)
+markdown_table(["", "log p(x), grid", "bound", "gap", f"K = {len(log_w)}", "effective"], rows)
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-scan", "caption": "A two-dimensional latent space. Left: the decoder's mean image at each place. Right: for three test images, the exact posterior (green) and the encoder's Gaussian (orange). Where they differ, the bound loses nats."}, "image": {"alt": "Left, a square of digits that change shape smoothly from place to place. Right, three planes in which an orange ellipse more or less covers a green region of irregular shape."}}
 figure = plt.figure(figsize=(7.2, 4.6))
@@ -687,7 +687,7 @@ for i, panel in enumerate(right.subplots(3, 1)):
     exact_sd = (exact @ (points - exact_mean).square()).sqrt()
     reach = ((exact_mean - q.mean).abs() / 2 + 3 * torch.maximum(exact_sd, q.stddev)).max().item()
     a, b = ((exact_mean + q.mean) / 2).tolist()
-    window, view = (a - reach, a + reach, b - reach, b + reach), {"ax": panel, "num_points": 49}
+    window, view = (a - reach, a + reach, b - reach, b + reach), {"ax": panel, "num_points": 41}
 
     def log_exact(z, x_i=x_i):
         return flat_vae.log_joint(x_i, z.float().to(device)).cpu()
@@ -774,7 +774,7 @@ plt.show()
 # $$ (eq-vi-gaps)
 #
 # A better family mends the first, a better encoder the second. To tell them apart we forget the encoder and fit a $q$ to each test image alone: with a diagonal covariance, then with a full one.
-# Our protocol: start at the encoder's answer, then 200 steps of Adam with 5 samples each. These are choices; an imperfect search makes the amortisation gap look smaller than it is, and the approximation gap larger.
+# Our protocol: start at the encoder's answer, then `num_importance` / 10 steps of Adam with 5 samples each. These are choices; an imperfect search makes the amortisation gap look smaller than it is, and the approximation gap larger.
 #
 # One number is missing, $\log p_\theta(x)$. In its place we put $\mathcal{L}_K$, with many samples from the full-covariance $q$. By {eq}`eq-vi-iwae` that is a *lower bound* on average,
 # so it errs the other way: the approximation gap may be larger than the table says. The amortisation gap does not depend on it. Chapter 6 closes in on $\log p_\theta(x)$ from both sides.
@@ -783,7 +783,7 @@ plt.show()
 x_eval = x_test[:num_eval]
 
 
-def fit_locally(start, full, num_steps=200, num_samples=5):
+def fit_locally(start, full, num_steps=num_importance // 10, num_samples=5):
     """The best Gaussian for each image alone, by gradient steps from ``start``."""
     mean, log_scale = start.mean.detach().clone(), start.stddev.detach().log()
     lower = torch.zeros(*mean.shape, mean.shape[-1], device=device)
