@@ -364,6 +364,46 @@ def test_graph_of_the_studies(profile):
     expected = [
         run for run in (*chosen, needed) if experiments.state_of(run, places).word != "done"
     ]
-    markers = set(re.findall(r"output: \.cache/experiments/(\S+)-[0-9a-f]{8}\.done", output))
+    markers = set(re.findall(r"output: checkpoints/(\S+)-[0-9a-f]{8}\.done", output))
     assert markers == {run.name for run in expected}
     assert "gpu=1" in output or not expected
+
+
+def test_studies_are_made_as_one_graph(tmp_path):
+    """What others build on comes first; a run that fails is tried again."""
+    from amortised import experiments
+    from test_experiments import TINY
+
+    file = tmp_path / "studies.yaml"
+    file.write_text(yaml.safe_dump(TINY, sort_keys=False))
+    studies, places = experiments.load_studies(file), experiments.Places.below(tmp_path)
+    command = [
+        *(sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile"),
+        *("--profile", "workflow/profiles/local", "--quiet", "rules", "--cores", "2"),
+        *("experiments", "--config", "scale=laptop", f"file={file}", f"root={tmp_path}", "seed=0"),
+    ]
+
+    def make(study: str, row: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [*command, f"study={study}", f"row={row}"],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    (imputed,) = experiments.select(studies, "amc_imputation", scale="laptop", seed=0)
+    code, output = make("amc_imputation", imputed.row)
+    assert code == 0, output
+    for run in (imputed, imputed.needs):
+        assert experiments.state_of(run, places).word == "done"
+    assert "running" not in make("amc_imputation", imputed.row)[1]  # nothing left to do
+
+    code, output = make("amc_table1", "hot")  # it diverges
+    assert code != 0
+    assert output.count("amc_table1/hot-laptop-seed0: failed, running") == 2, output
+    (hot,) = experiments.select(studies, "amc_table1", "hot", scale="laptop", seed=0)
+    assert experiments.state_of(hot, places).word == "failed"

@@ -2,28 +2,31 @@
 
 Included by the Snakefile when the configuration names a scale: `make laptop`, `make full`. What is
 done, stale or missing is for amortised.experiments to say; file times mean nothing here. A job's
-output is a marker below .cache, never the result itself: Snakemake removes the outputs of a job
-before it runs, and a result must stay until its successor is complete. For the same reason no
+output is a marker beside its checkpoints, never the result itself: Snakemake removes the outputs of
+a job before it runs, and a result must stay until its successor is complete. For the same reason no
 checkpoint is an output, so that a job that failed or was killed goes on from its own.
 """
+
+import os
 
 from amortised import experiments as engine
 
 SCALE = config["scale"]
 DEVICE = config.get("device") or ("cuda" if SCALE == "full" else "cpu")
-STUDY, ROW, SEED = (
-    None if config.get(name, "") == "" else config[name] for name in ("study", "row", "seed")
+STUDY, ROW, SEED, FILE, ROOT = (
+    None if config.get(name, "") == "" else config[name]
+    for name in ("study", "row", "seed", "file", "root")
 )
-PLACES = engine.Places.of_the_project()
+PLACES = engine.Places.below(Path(ROOT)) if ROOT else engine.Places.of_the_project()
 try:
-    STUDIES = engine.load_studies()
+    STUDIES = engine.load_studies(FILE)
     CHOSEN = engine.select(STUDIES, STUDY, ROW, scale=SCALE, seed=SEED)
 except ValueError as error:
     sys.exit(str(error))  # a WorkflowError would say nothing under `quiet`
 
 
 def marker(experiment):
-    return f".cache/experiments/{PLACES.work(experiment).relative_to(PLACES.checkpoints)}.done"
+    return f"{os.path.relpath(PLACES.work(experiment))}.done"
 
 
 def has_weights(experiment):
@@ -48,7 +51,7 @@ for path in TODO:  # of a result that has since been removed
 
 
 def chosen(wildcards):
-    return ALL[f".cache/experiments/{wildcards.name}.done"]
+    return ALL[f"{wildcards.work}.done"]
 
 
 def builds_on(wildcards):
@@ -59,8 +62,9 @@ def builds_on(wildcards):
 def command(wildcards):
     experiment = chosen(wildcards)
     again = "--again" if engine.state_of(experiment, PLACES).word == "done" else ""
+    own = (f" --file {FILE}" if FILE else "") + (f" --root {ROOT}" if ROOT else "")
     return (
-        f"{experiment.study} {experiment.row} --scale {experiment.scale} --seed {experiment.seed}"
+        f"{own} run {experiment.study} {experiment.row} --scale {experiment.scale} --seed {experiment.seed}"
         f" --device {DEVICE} {again}"
     )
 
@@ -74,9 +78,7 @@ rule experiment:
     input:
         builds_on,
     output:
-        touch(".cache/experiments/{name}.done"),
-    wildcard_constraints:
-        name=r"\w+/[\w-]+",
+        touch("{work}.done"),
     params:
         command=command,
     threads: 1
@@ -84,4 +86,4 @@ rule experiment:
     resources:
         gpu=1 if DEVICE.startswith("cuda") else 0,
     shell:
-        "{PYTHON} -m amortised.experiments run {params.command} --threads {threads}"
+        "{PYTHON} -m amortised.experiments {params.command} --threads {threads}"
