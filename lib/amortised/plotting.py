@@ -26,10 +26,14 @@ __all__ = [
     "GREY",
     "LINES",
     "animate",
+    "cost_panels",
+    "draw_flow",
     "gap_bars",
+    "langevin_bias",
     "latent_scan",
     "plot_intervals",
     "plot_trajectory",
+    "sample_panels",
     "shade_gap",
     "show_density",
     "show_digits",
@@ -360,6 +364,88 @@ def plot_trajectory(
     return ax
 
 
+def sample_panels(
+    samples: Mapping[str, Tensor],
+    log_density_fn: Callable[[Tensor], Tensor],
+    extent: tuple[float, float, float, float],
+    *,
+    ncols: int = 4,
+    num_shown: int = 250,
+    colour: str = COLOURS["approximation"],
+) -> np.ndarray:
+    """Several samples in the plane, each on its own panel above one and the same density.
+
+    :param samples: ``{title: [N, 2]}``; the first ``num_shown`` points of each are drawn.
+    :param log_density_fn: as in :func:`show_density`; its contours lie under each sample.
+    :param extent: ``(left, right, bottom, top)``; points outside are not seen.
+    :param ncols: panels in a row.
+    :param num_shown: points drawn on a panel.
+    :param colour: colour of the points.
+    :return: the axes of the panels, ``[len(samples)]``.
+
+    >>> two = {"a": torch.zeros(5, 2), "b": torch.ones(5, 2)}
+    >>> panels = sample_panels(two, lambda z: -0.5 * z.square().sum(-1), (-3, 3, -3, 3))
+    >>> [panel.get_title() for panel in panels]
+    ['a', 'b']
+    >>> plt.close(panels[0].figure)
+    """
+    ncols = min(ncols, len(samples))
+    nrows = math.ceil(len(samples) / ncols)
+    _, grid = plt.subplots(
+        nrows, ncols, sharex=True, sharey=True, squeeze=False, figsize=(1.8 * ncols, 1.85 * nrows)
+    )
+    panels = grid.flatten()
+    for panel in panels[len(samples) :]:
+        panel.set_visible(False)
+    style = {"color": colour, "markersize": 3, "markeredgewidth": 0, "alpha": 0.6}
+    for panel, (title, points) in zip(panels, samples.items(), strict=False):
+        show_density(log_density_fn, extent, ax=panel, num_points=81)
+        panel.plot(*torch.as_tensor(points)[:num_shown].detach().cpu().T, ".", **style)
+        panel.set_title(title, fontsize=9)
+        panel.set(xlim=extent[:2], ylim=extent[2:])
+    return panels[: len(samples)]
+
+
+def draw_flow(
+    figure: Figure,
+    target_fn: Callable[[Tensor], Tensor],
+    approximation_fn: Callable[[Tensor], Tensor],
+    samples: Tensor,
+    divergence: float,
+    extent: tuple[float, float, float, float],
+    *,
+    title: str,
+    top: float,
+    num_shown: int = 250,
+) -> None:
+    """A frame of :func:`animate`: samples between a target and an approximation, and a bar.
+
+    :param figure: an empty figure.
+    :param target_fn: log-density of the target, as in :func:`show_density` but in float32.
+    :param approximation_fn: log-density of the approximation.
+    :param samples: ``[N, 2]``; the first ``num_shown`` are drawn.
+    :param divergence: height of the bar, in nats.
+    :param extent: ``(left, right, bottom, top)`` of the plane.
+    :param title: of the plane.
+    :param top: upper end of the bar's axis.
+
+    >>> figure, round_fn = plt.figure(), lambda z: -0.5 * z.square().sum(-1)
+    >>> laws, square = (round_fn, round_fn), (-3, 3, -3, 3)
+    >>> draw_flow(figure, *laws, torch.zeros(5, 2), 1.0, square, title="start", top=2.0)
+    >>> [ax.get_title() for ax in figure.axes]
+    ['start', '']
+    >>> plt.close(figure)
+    """
+    plane, bar = figure.subplots(1, 2, width_ratios=(5, 1))
+    show_density(lambda z: target_fn(z.float()), extent, ax=plane, num_points=81)
+    orange = {"colour": COLOURS["approximation"], "masses": (0.9,), "fill": False}
+    show_density(lambda z: approximation_fn(z.float()), extent, ax=plane, **orange, num_points=81)
+    plane.plot(*samples[:num_shown].cpu().T, ".", color=COLOURS["samples"], markersize=3)
+    plane.set(xlim=extent[:2], ylim=extent[2:], xlabel="$z_1$", ylabel="$z_2$", title=title)
+    bar.bar([0], [divergence], color=COLOURS["bound"], alpha=0.5)
+    bar.set(ylim=(0, top), xticks=[], ylabel="nats")
+
+
 # --- bounds, gaps and tables ---------------------------------------------------------------------
 
 
@@ -490,6 +576,78 @@ def plot_intervals(
     ax.grid(axis="x")
     _rows_from_the_top(ax, len(labels))
     return ax
+
+
+def langevin_bias(
+    inflation: Mapping[float, tuple[Tensor, Tensor]], groups: Mapping[str, Mapping[str, float]]
+) -> np.ndarray:
+    r"""Variance of unadjusted Langevin chains over that of their targets, beside grouped values.
+
+    :param inflation: ``{step size s: (precisions [N], measured ratio [N])}``; the line is
+        :math:`1 / (1 - s \lambda / 4)`, and a dotted line stands at the limit of stability.
+    :param groups: ``{group: {label: value}}``, in nats: a line for each label, on the right.
+    :return: the two axes.
+
+    >>> axes = langevin_bias({0.2: (torch.ones(1), torch.ones(1))}, {"a": {"VAE": -80.6}})
+    >>> axes[0].get_xscale(), [text.get_text() for text in axes[1].get_yticklabels()]
+    ('log', ['VAE'])
+    >>> plt.close(axes[0].figure)
+    """
+    _, axes = plt.subplots(1, 2, figsize=(7.4, 3.4))
+    for (step_size, (precisions, ratio)), marker in zip(inflation.items(), "osD^", strict=False):
+        grid = torch.logspace(-0.5, math.log10(3.9 / step_size), 100)
+        label = f"$\\eta = {step_size:g}$"
+        (line,) = axes[0].plot(grid, 1 / (1 - step_size * grid / 4), label=label)
+        axes[0].plot(precisions, ratio, marker, color=line.get_color(), markersize=5)
+        axes[0].axvline(4 / step_size, linestyle=":", color=line.get_color())
+    axes[0].set(xscale="log", ylim=(0.8, 8), xlabel=r"precision $\lambda$")
+    axes[0].set_ylabel("variance / exact variance")
+    axes[0].legend(loc="upper left")
+    labels = list(dict.fromkeys(label for group in groups.values() for label in group))
+    values = {name: [g.get(label, math.nan) for label in labels] for name, g in groups.items()}
+    plot_intervals(labels, {name: (v, None) for name, v in values.items()}, ax=axes[1])
+    axes[1].legend(fontsize=7, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0))
+    return axes
+
+
+def cost_panels(
+    curves: Mapping[str, Tensor], recorded: Sequence[tuple[str, float, float, float, float]]
+) -> np.ndarray:
+    """Learning curves against decoder evaluations, beside finished runs against two costs.
+
+    :param curves: ``{method: [steps, 2]}``, evaluations for each observation and log-likelihood;
+        drawn as distances below the best value of all.
+    :param recorded: for each run its label, decoder evaluations for each training image, minutes of
+        training, log-likelihood and the standard error of that; may be empty.
+    :return: the three axes.
+
+    >>> curve = torch.tensor([[1.0, -5.0], [2.0, -4.0]])
+    >>> axes = cost_panels({"VAE": curve}, [("VAE", 1.0, 2.0, -140.0, 4.0)])
+    >>> [ax.get_xscale() for ax in axes]
+    ['log', 'log', 'log']
+    >>> plt.close(axes[0].figure)
+    """
+    _, axes = plt.subplots(1, 3, figsize=(7.6, 3.9), width_ratios=(1.25, 1, 1))
+    best = max(curve[:, 1].max().item() for curve in curves.values())
+    for (name, curve), style in zip(curves.items(), ("-", "--", "-.", ":", "-") * 3, strict=False):
+        axes[0].plot(curve[:, 0], best - curve[:, 1], style, label=name)
+    axes[0].set(
+        xscale="log", yscale="log", xlabel="evaluations, each observation", ylim=(0.01, None)
+    )
+    axes[0].set_ylabel("nats below the best")
+    axes[0].legend(fontsize=7, loc="lower left")
+    markers = "osD^vPX*<>"
+    for i, (label, evaluations, minutes, level, error) in enumerate(recorded):
+        style = {"color": COLOURS[_CYCLE[i % len(_CYCLE)]], "markersize": 5, "elinewidth": 0.8}
+        for ax, cost in zip(axes[1:], (evaluations, minutes), strict=True):
+            ax.errorbar(cost, level, 2 * error, fmt=markers[i % len(markers)], label=label, **style)
+    axes[1].set(xscale="log", xlabel="evaluations, each image", ylabel="log p(x), nats")
+    axes[2].set(xscale="log", xlabel="minutes of training")
+    axes[2].sharey(axes[1])
+    if recorded:
+        handles, labels = axes[1].get_legend_handles_labels()
+        axes[0].figure.legend(handles, labels, fontsize=7, ncols=5, loc="outside upper center")
+    return axes
 
 
 def _rows_from_the_top(ax: Axes, num_rows: int) -> None:

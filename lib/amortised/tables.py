@@ -26,6 +26,7 @@ from .results import Estimate, Result, Table, load_result, markdown_table, mean_
 
 __all__ = [
     "Pooled",
+    "cells",
     "command",
     "load_study",
     "metric_table",
@@ -157,19 +158,33 @@ def study_table(
     loaded = {scale: load_study(study, scale, root) for scale in scales}
     is_missing, lines = False, []
     for row, label in labels.items():
-        cells = []
+        line = [label, *([published.get(row)] if published else [])]
         for scale in scales:
-            values = _metric(loaded[scale].get(row, []), metric)
-            is_missing |= not values
-            empty = f"`{command(study, row, scale).removeprefix(_PROGRAM)}`"
-            cells.append(pool(values).text(decimals) if values else empty)
-        lines.append([label, *([published.get(row)] if published else []), *cells])
+            (text,) = cells(loaded[scale], row, [metric], decimals)
+            is_missing |= text is None
+            line.append(text or f"`{command(study, row, scale).removeprefix(_PROGRAM)}`")
+        lines.append(line)
     header = ["row", *(["published"] if published else []), *scales]
     note = f"\n\nCode is not recorded yet; `{_PROGRAM.strip()}` before it makes the cell."
     return Table(markdown_table(header, lines) + (note if is_missing else ""))
 
 
 _PROGRAM = "python -m amortised.experiments "
+
+
+def cells(
+    results: Study, row: str, metrics: Iterable[str], decimals: int = 2
+) -> list[str | None]:
+    """The pooled metrics of a row as texts, None for one that is not recorded.
+
+    :param results: what :func:`load_study` returns.
+    :param metrics: names of per-image metrics.
+
+    >>> cells({}, "vae", ["is_ll", "ais_ll"])
+    [None, None]
+    """
+    columns = [_metric(results.get(row, []), metric) for metric in metrics]
+    return [pool(column).text(decimals) if column else None for column in columns]
 
 
 def metric_table(
@@ -186,10 +201,9 @@ def metric_table(
     | :-- | --: |
     | VAE | – |
     """
-    lines = []
-    for row, label in labels.items():
-        columns = [_metric(results.get(row, []), metric) for metric in metrics.values()]
-        lines.append([label, *(pool(c).text(decimals) if c else None for c in columns)])
+    lines = [
+        [label, *cells(results, row, metrics.values(), decimals)] for row, label in labels.items()
+    ]
     return markdown_table(["row", *metrics], lines)
 
 
@@ -229,10 +243,10 @@ def paired_table(
     for row, baseline in pairs:
         try:
             pooled, by_seed = paired(results, row, baseline, metric)
-            cells = [pooled.text(decimals), "; ".join(f"{e.mean:.{decimals}f}" for e in by_seed)]
+            texts = [pooled.text(decimals), "; ".join(f"{e.mean:.{decimals}f}" for e in by_seed)]
         except ValueError:
-            cells = [None, None]
-        lines.append([f"{labels[row]} minus {labels[baseline]}", *cells])
+            texts = [None, None]
+        lines.append([f"{labels[row]} minus {labels[baseline]}", *texts])
     return markdown_table(["difference, in pairs", "mean", "seed by seed"], lines)
 
 
