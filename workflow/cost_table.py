@@ -1,8 +1,10 @@
 """Print what the committed runs cost, a model of that cost, and what more seeds would cost.
 
-The page book/reproducing.md includes it. A run's time is split into stages by its result; each
-stage is explained by how often it did what it is made of, by least squares with coefficients from
-zero, separately for each device. A device with fewer runs than the model has unknowns has no model.
+The page book/reproducing.md includes it. On a processor the time is that of the processor, which
+other work on the machine does not change; on a graphics card it is the wall time. A run's time is
+split into stages by its result; each stage is explained by how often it did what it is made of, by
+least squares with coefficients from zero, separately for each device. A device with fewer runs than
+the model has unknowns has no model.
 """
 
 from __future__ import annotations
@@ -80,6 +82,10 @@ def timed_runs(studies: Mapping, root: Path) -> list[Timed]:
         # Loading the data is part of what is left over, the fitted proposal nearly all of it.
         left = facts["wall_seconds"] - sum(seconds.values())
         seconds["proposal" if seconds else "imputation"] = max(0.0, left)
+        busy = record["details"].get("cpu_seconds")
+        if facts["device"]["type"] == "cpu" and busy is not None:
+            share = busy / max(facts["wall_seconds"], 1e-9)
+            seconds = {stage: share * value for stage, value in seconds.items()}
         threads = facts["device"].get("threads")
         device = facts["device"]["name"] + (f", {threads} thread(s)" if threads else "")
         runs.append(Timed(experiment, device, seconds))

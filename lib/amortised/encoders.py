@@ -14,6 +14,7 @@ __all__ = [
     "GaussianEncoder",
     "ImplicitEncoder",
     "MixtureEncoder",
+    "ParallelPerceptrons",
     "bounded_log_scale",
     "conv_trunk",
 ]

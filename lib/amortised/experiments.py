@@ -56,6 +56,7 @@ __all__ = [
     "SCALES",
     "Experiment",
     "ExperimentError",
+    "Places",
     "State",
     "Study",
     "load_studies",

@@ -67,7 +67,9 @@ HISTORY_LENGTH = 40  # means of the losses that a result keeps
 class Run(NamedTuple):
     """One row of a study at one scale with one seed, and the means to work on it.
 
-    :ivar study, row, scale: names.
+    :ivar study: its name.
+    :ivar row: the name of its row.
+    :ivar scale: the name of the scale.
     :ivar seed: of everything random; the engine has seeded the global stream with it already.
     :ivar config: the options of the recipe, complete and checked.
     :ivar device: where to compute.

@@ -337,7 +337,7 @@ class CudaGraphStep:
 
     num_warm_up_steps = 3
 
-    def __init__(self, step: Step, state: Mapping[str, object]):
+    def __init__(self, step: Callable[..., Mapping[str, Tensor]], state: Mapping[str, object]):
         self.step, self.state = step, state
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: tuple[Tensor, ...] = ()
