@@ -87,7 +87,9 @@ def timed_runs(studies: Mapping, root: Path) -> list[Timed]:
             share = busy / max(facts["wall_seconds"], 1e-9)
             seconds = {stage: share * value for stage, value in seconds.items()}
         threads = facts["device"].get("threads")
-        device = facts["device"]["name"] + (f", {threads} thread(s)" if threads else "")
+        device = facts["device"]["name"] + (
+            f" ({threads} thread{'s' * (threads > 1)})" if threads else ""
+        )
         runs.append(Timed(experiment, device, seconds))
     return runs
 
@@ -123,8 +125,9 @@ def predicted(config: Mapping, per_unit: Mapping[str, float]) -> float | None:
 
 
 def _print_rows(runs: list[Timed], per_unit: Mapping[str, dict | None]) -> None:
-    print("| study | row | scale | runs | minutes a run | by the model | device |")
-    print("|:--|:--|:--|--:|--:|--:|:--|")
+    several = len(per_unit) > 1
+    print("| study | row | scale | runs | minutes a run | by the model |" + " device |" * several)
+    print("|:--|:--|:--|--:|--:|--:|" + ":--|" * several)
     groups = defaultdict(list)
     for run in runs:
         groups[*run.experiment[:3], run.device].append(run)
@@ -134,8 +137,8 @@ def _print_rows(runs: list[Timed], per_unit: Mapping[str, dict | None]) -> None:
             model = predicted(members[0].experiment.config, per_unit[device])
         shown = "–" if model is None else f"{model / 60:.1f}"
         print(
-            f"| {study} | {row} | {scale} | {len(members)} | {np.mean(minutes):.1f} | {shown} "
-            f"| {device} |"
+            f"| {study} | {row} | {scale} | {len(members)} | {np.mean(minutes):.1f} | {shown} |"
+            + f" {device} |" * several
         )
 
 
