@@ -215,3 +215,10 @@ def test_log_density_normalised(capsys):
         checks.log_density_normalised(lambda z: z.sum(-1) * math.nan, -1, 1)
     with pytest.raises(ValueError, match="dim must be 1 or 2, got 3"):
         checks.log_density_normalised(log_density, -1, 1, dim=3)
+
+
+def test_ordered_wants_the_first_number_smaller():
+    checks.ordered(1.0, torch.tensor(2.0))
+    for a, b in ((2.0, 1.0), (1.0, 1.0), (float("nan"), 1.0)):
+        with pytest.raises(AssertionError, match="is not smaller than"):
+            checks.ordered(a, b)

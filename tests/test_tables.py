@@ -11,9 +11,10 @@ from test_results import make_record
 LABELS = {"vae": "VAE", "amc": "AMC", "avb": "AVB"}
 
 
-def save(root, row, seed, **per_image):
+def save(root, row, seed, details=None, **per_image):
     per_image = {name: torch.tensor(values) for name, values in per_image.items()}
     record = make_record(per_image, study="amc_table1", row=row, scale="laptop", seed=seed)
+    record |= {"details": details} if details else {}
     results.save_result(root, record, per_image)
 
 
@@ -103,6 +104,10 @@ def test_differences_are_paired_over_images_and_seeds(root):
         "| AMC minus VAE | 3.00 ± 1.00 (seeds ± 1.00) | 2.00; 4.00 |",
         "| AVB minus VAE | – | – |",
     ]
+    source = {"amc": -78.5, "vae": -80.0}
+    table = tables.paired_table(study, [("amc", "vae")], "ll", LABELS, published=source)
+    assert table.splitlines()[0] == "| difference | published | in pairs | seed by seed |"
+    assert table.splitlines()[2].startswith("| AMC minus VAE | 1.50 | 3.00 ± 1.00 (seeds")
 
 
 def test_the_runs_behind_a_table_are_named(root):
@@ -110,3 +115,19 @@ def test_the_runs_behind_a_table_are_named(root):
     table = tables.run_table(study, "amc_table1", LABELS)
     assert "`data/results/amc_table1/vae-laptop-seed{0,1}.json`" in table
     assert table.count("0000000") == 2 and "AVB" not in table
+
+
+def test_a_table_takes_columns_that_are_given(root):
+    study = tables.load_study("amc_table1", "laptop", root)
+    table = tables.metric_table(study, LABELS, {"LL": "ll"}, 1, given={"source": {"vae": "-3.0"}})
+    assert table.splitlines()[2] == "| VAE | -4.0 ± 1.0 (seeds ± 1.0) | -3.0 |"
+    assert table.splitlines()[4] == "| AVB | – | – |"
+
+
+def test_costs_count_the_decoders_own_step_and_the_chain(tmp_path):
+    for seed, seconds in ((0, 60.0), (1, 180.0)):
+        details = {"chain_gradients_per_image": 10, "seconds": {"training": seconds}}
+        save(tmp_path, "amc", seed, details=details, ll=[-3.0 - seed, -5.0 - seed])
+    study = tables.load_study("amc_table1", "laptop", tmp_path)
+    # Two passes (the record's epochs) of one step each, and ten gradients of chains.
+    assert tables.costs(study, LABELS, "ll") == [("AMC", 12, 2.0, -4.5, 1.0)]

@@ -27,6 +27,7 @@ __all__ = [
     "gradient_matches",
     "integer",
     "log_density_normalised",
+    "ordered",
     "parameters",
     "real",
     "within_error",
@@ -279,6 +280,20 @@ def within_error(
             hint,
         )
     print(f"✓ {label} is within {num_standard_errors:g} standard errors of the truth")
+
+
+def ordered(smaller: float, larger: float, *, label: str = "the order", hint: str = "") -> None:
+    """Check that one number is smaller than another.
+
+    :raises AssertionError: if it is not, or one of them is not a number.
+
+    >>> ordered(0.3, 0.5, label="the order of the two scales")
+    ✓ the order of the two scales is as expected
+    """
+    smaller, larger = float(smaller), float(larger)
+    if not smaller < larger:
+        _fail(f"{label} is wrong: {smaller:.6g} is not smaller than {larger:.6g}", hint)
+    print(f"✓ {label} is as expected")
 
 
 def gradient_matches(

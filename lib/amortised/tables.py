@@ -28,6 +28,7 @@ __all__ = [
     "Pooled",
     "cells",
     "command",
+    "costs",
     "load_study",
     "metric_table",
     "paired",
@@ -46,7 +47,8 @@ class Pooled(NamedTuple):
     :ivar mean: over all images and seeds.
     :ivar image_se: standard error over images, of the means over seeds.
     :ivar seed_se: standard error over seeds, of the means over images; None for a single seed.
-    :ivar num_images, num_seeds: how many there are.
+    :ivar num_images: how many images there are.
+    :ivar num_seeds: how many seeds.
     """
 
     mean: float
@@ -172,9 +174,7 @@ def study_table(
 _PROGRAM = "python -m amortised.experiments "
 
 
-def cells(
-    results: Study, row: str, metrics: Iterable[str], decimals: int = 2
-) -> list[str | None]:
+def cells(results: Study, row: str, metrics: Iterable[str], decimals: int = 2) -> list[str | None]:
     """The pooled metrics of a row as texts, None for one that is not recorded.
 
     :param results: what :func:`load_study` returns.
@@ -188,23 +188,31 @@ def cells(
 
 
 def metric_table(
-    results: Study, labels: Mapping[str, str], metrics: Mapping[str, str], decimals: int = 2
+    results: Study,
+    labels: Mapping[str, str],
+    metrics: Mapping[str, str],
+    decimals: int = 2,
+    *,
+    given: Mapping[str, Mapping[str, object]] | None = None,
 ) -> Table:
     """Several metrics of a study at one scale side by side; a dash where there is no value.
 
     :param results: what :func:`load_study` returns.
     :param labels: ``{row: label}``, in the order of the table.
     :param metrics: ``{title: per-image metric}``, a column for each.
+    :param decimals: digits after the point.
+    :param given: ``{title: {row: cell}}``, more columns on the right, for instance published ones.
 
     >>> print(metric_table({}, {"vae": "VAE"}, {"IS-LL": "is_ll"}))
     | row | IS-LL |
     | :-- | --: |
     | VAE | – |
     """
-    lines = [
-        [label, *cells(results, row, metrics.values(), decimals)] for row, label in labels.items()
-    ]
-    return markdown_table(["row", *metrics], lines)
+    more, lines = given or {}, []
+    for row, label in labels.items():
+        texts = cells(results, row, metrics.values(), decimals)
+        lines.append([label, *texts, *(column.get(row) for column in more.values())])
+    return markdown_table(["row", *metrics, *more], lines)
 
 
 def paired(results: Study, row: str, baseline: str, metric: str) -> tuple[Pooled, list[Estimate]]:
@@ -231,6 +239,8 @@ def paired_table(
     metric: str,
     labels: Mapping[str, str],
     decimals: int = 2,
+    *,
+    published: Mapping[str, float] | None = None,
 ) -> Table:
     """Differences between rows of a study over the same images, in pairs.
 
@@ -238,6 +248,9 @@ def paired_table(
     :param pairs: ``(row, baseline)``; pairs without a common seed are shown with dashes.
     :param metric: name of a per-image metric.
     :param labels: ``{row: label}``.
+    :param decimals: digits after the point.
+    :param published: ``{row: value}``, whose differences are a column of their own; by default
+        there is none.
     """
     lines = []
     for row, baseline in pairs:
@@ -246,8 +259,35 @@ def paired_table(
             texts = [pooled.text(decimals), "; ".join(f"{e.mean:.{decimals}f}" for e in by_seed)]
         except ValueError:
             texts = [None, None]
-        lines.append([f"{labels[row]} minus {labels[baseline]}", *texts])
-    return markdown_table(["difference, in pairs", "mean", "seed by seed"], lines)
+        given = [float(published[row]) - float(published[baseline])] if published else []
+        lines.append([f"{labels[row]} minus {labels[baseline]}", *given, *texts])
+    header = ["difference", *(["published"] if published else []), "in pairs", "seed by seed"]
+    return markdown_table(header, lines, decimals)
+
+
+def costs(
+    results: Study, labels: Mapping[str, str], metric: str
+) -> list[tuple[str, float, float, float, float]]:
+    """What each recorded row of amortised MCMC cost to train, and what it reached.
+
+    :param results: what :func:`load_study` returns, of a study whose recipe is ``amc``.
+    :param labels: ``{row: label}``; rows without a run are left out.
+    :param metric: name of a per-image metric.
+    :return: for each row its label; decoder evaluations with gradients for each training image,
+        one for the decoder's own step and those of the chain, in all passes; minutes of training,
+        a mean over seeds; and the metric's mean with its image error.
+    """
+    points = []
+    for row, label in labels.items():
+        records = [result.record for result in results.get(row, [])]
+        if not records:
+            continue
+        details = [record["details"] for record in records]
+        evaluations = records[0]["config"]["epochs"] + details[0]["chain_gradients_per_image"]
+        minutes = math.fsum(d["seconds"]["training"] for d in details) / len(details) / 60
+        pooled = pool(_metric(results[row], metric))
+        points.append((label, evaluations, minutes, pooled.mean, pooled.image_se))
+    return points
 
 
 def run_table(results: Study, study: str, labels: Mapping[str, str]) -> Table:
