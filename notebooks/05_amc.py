@@ -220,6 +220,10 @@ for eta, steps in ((0.2, 5), (0.02, 50)):
     print(f"eta = {eta}: stable for posterior sd > {math.sqrt(eta / 4):.3f};", end=" ")
     print(f"z_T has sd >= {math.sqrt(eta):.2f}; of the start {(1 - eta / 2) ** steps:.2f} is left")
 published = load_published("amc", table="Table 1", metric="HAIS-LL")
+too_narrow = Independent(Normal(torch.zeros(1), math.sqrt(0.2 / 4 / 1.2)), 1)  # past the limit
+kernel = partial(mcmc.langevin_step, logdensity_fn=too_narrow.log_prob, step_size=0.2)
+far = mcmc.sample_chain(kernel, torch.zeros(100, 1), 1, thin=60).samples.abs().mean()
+print("20 % beyond the limit, after 60 steps: |z| over a million", bool(far > 1e6))
 groups = [[r["value"] for r in published if r["row"].endswith(f"={eta}")] for eta in inflation]
 print(
     f"published, eta = 0.2: {len(groups[0])} rows within {max(groups[0]) - min(groups[0]):.1f} nats"
@@ -260,7 +264,8 @@ after = {"exact draws": total_variation(start)}
 for name, kernel in kernels.items():
     kernel = partial(kernel, logdensity_fn=partial(fold.log_joint, x_fold))
     after[name] = total_variation(mcmc.sample_chain(kernel, start, 1, thin=60).samples[-1])
-assert (after["unadjusted, η = 0.2"] > 1.5 * after["with a Metropolis test, η = 0.2"]).all()
+biased, exact = after["unadjusted, η = 0.2"], after["with a Metropolis test, η = 0.2"]
+assert num_draws < 1000 or (biased > 3 * exact).all()
 header = ["60 steps from exact draws", "one mode", "low pass", "high pass"]
 markdown_table(header, [(name, *v.tolist()) for name, v in after.items()])
 
@@ -367,20 +372,19 @@ def distance(z):
     return torch.stack([total_variation(z[:, s]) for s in range(num_students)]).mean().item()
 
 
-def lost(z):
-    """Students that give a valley of the third posterior under a tenth of its share."""
-    left = (z[:, :, 2, 0] < 0).float().mean(0)
-    return int(((left < 0.1 * left_share[2]) | (1 - left < 0.1 * (1 - left_share[2]))).sum())
+def lost(z, i):
+    """Students that give a valley of posterior i under a tenth of its share."""
+    left = (z[:, :, i, 0] < 0).float().mean(0)
+    return int(((left < 0.1 * left_share[i]) | (1 - left < 0.1 * (1 - left_share[i]))).sum())
 
 
-cells_of = {key: (lost(z), distance(z)) for key, z in drawn.items()}
-rows = [
-    (n, *cells_of[n, "chain"], *cells_of.get((n, "exact"), (None, None))) for n in [*rules, *avb]
-]
-header = [f"of {num_students} students", "chain: lost a mode", "TV", "exact: lost a mode", "TV"]
+cells_of = {key: (lost(z, 1), lost(z, 2), distance(z)) for key, z in drawn.items()}
+rows = [(n, *cells_of[n, "chain"], *cells_of.get((n, "exact"), [None] * 3)) for n in [*rules, *avb]]
+header = [f"of {num_students} students", "chain: lost, low pass", "lost, high pass", "TV"]
+header += ["exact: lost, low pass", "lost, high pass", "TV"]
 markdown_table(header, rows)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-rules", "caption": "The first student of each rule on the third posterior (green), after lessons from the chain, and two from the exact teacher. Shape and coverage are different virtues."}, "image": {"alt": "Eight panels with two green valleys and orange points. Most implicit students fill one valley; the Gaussian blurs over both, the mixture fills both."}}
+# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-rules", "caption": "The first student of each rule on the third posterior (green), taught by the chain; AVB has no teacher, and the last panel has the exact one. Shape and coverage are different virtues."}, "image": {"alt": "Eight panels with two green valleys and orange points. Most implicit students fill one valley; the Gaussian blurs over both, the mixture fills both."}}
 shown = {n: z[:, 0, 2] for (n, teacher), z in drawn.items() if teacher == "chain"}
 shown["KL, mixture, exact"] = drawn["KL, mixture", "exact"][:, 0, 2]
 plotting.sample_panels(shown, lambda z: fold.log_joint(x_fold[2:], z.float()), (-3, 3.4, -2.4, 3))
@@ -389,17 +393,17 @@ plt.show()
 # %%
 # NBVAL_CHECK_OUTPUT
 most = num_students / 2
-print("exact teacher, most GAN students lose a mode:", cells_of["GAN", "exact"][0] > most)
-print("exact teacher, a mixture student by KL does: ", cells_of["KL, mixture", "exact"][0] > 0)
-print("chain, most GAN students lose a mode:        ", cells_of["GAN", "chain"][0] > most)
+print("exact teacher, most GAN students lose a mode:", cells_of["GAN", "exact"][1] > most)
+print("exact teacher, a mixture student by KL does: ", cells_of["KL, mixture", "exact"][1] > 0)
+print("chain, most GAN students lose a mode:        ", cells_of["GAN", "chain"][1] > most)
 
 # %% [markdown]
-# There are two ways to lose a mode.
+# A student has *lost* a mode if it gives a valley under a tenth of its share. That happens behind the high pass; across the low one the distilled students keep some draws on either side. There are two ways to lose a mode.
 #
 # - *By the rule.* At these settings GAN students drop a valley although the exact teacher shows it to them in every batch. The game rewards draws that pass for the teacher's; it hardly punishes draws that are missing.
 #   MMD, the Wasserstein game and the inclusive divergence keep both valleys under that teacher. The last one must: a $q_\phi$ that is nearly zero where the teacher goes pays without limit.
 # - *By the chain.* A teacher who starts where the student stands cannot show it a valley that the student has left. In five steps no chain crosses the ridge, so under the chain nearly *every* share of the two valleys is a fixed point of {eq}`eq-amc-loop`,
-#   nothing included. MMD students now lose a mode too. Only the rule with a density and a student with room for two modes kept both in this run, because it never gives up what it once had. Its shares still wander.
+#   nothing included. MMD students now lose a mode too. Only a student with room for two modes, under the rule that forgives no gap, keeps both as a rule. Its shares still wander, and no share is safe.
 #
 # So the chain mends the shape of a mode and the rule keeps the modes; neither finds one. Start wide.
 #
@@ -629,11 +633,13 @@ display(tables.study_table("amc_table1", labels, "ais_ll", annealed))
 pairs = [(name, "vae") for name in list(ROWS)[1:]] + [("amc_cnn_g_t50", "persistent_t50")]
 pairs += [(f"amc_{kind}_t50", f"amc_{kind}_t5") for kind in ("cnn_g", "cnn_b")]
 display(tables.paired_table(study, pairs, "ais_ll", labels, published=annealed))
-columns = {"IS-LL, own q": "is_ll", "ESS": "is_ess", "IS-LL, fitted q": "posthoc_is_ll"}
+columns = {"IS-LL, own q": "is_ll", "IS-ESS": "is_ess", "IS-LL, fitted q": "posthoc_is_ll"}
 columns |= {"AIS-ESS": "ais_ess", "certificate": "simulated_gap"}
-sampled = {row["row"]: row["value"] for row in load_published("amc", metric="IS-LL")}
-given = {"published HAIS − IS": {n: annealed[n] - sampled[r.published] for n, r in ROWS.items()}}
-tables.metric_table(study, labels, columns, decimals=1, given=given)
+given = {}
+for metric in ("IS-LL", "IS-ESS", "HAIS-ESS"):
+    values = {row["row"]: row["value"] for row in load_published("amc", metric=metric)}
+    given[f"published {metric}"] = {name: values[row.published] for name, row in ROWS.items()}
+tables.metric_table(study, labels, columns, decimals=1, with_seeds=False, given=given)
 
 # %% [markdown]
 # *First table.* A cell is the mean with its standard error over images, and in brackets the standard error over seeds. One seed has none; such a row is a statement about that run.
@@ -644,8 +650,8 @@ tables.metric_table(study, labels, columns, decimals=1, given=given)
 # After one pass the sign is the opposite: chains that work on each image by itself need no student who first has to learn. The headline is a claim about the end of training, and only the full scale can test it.
 #
 # %% [markdown]
-# *Third table.* "Own q" is the row's encoder where it has a density, and otherwise a Gaussian fitted to the finished decoder, as in the column "fitted q". The Gaussian student that a GAN has taught makes a poor proposal, although its decoder is fine.
-# Where posteriors are far from Gaussian, importance sampling falls short of annealing by many nats, and the published gap, last column, is large in much the same rows. The source was right to trust annealing more.
+# *Third table*, with errors over images only. "Own q" is the row's encoder where it has a density, and otherwise a Gaussian fitted to the finished decoder, as in the column "fitted q". The Gaussian student that a GAN has taught makes a poor proposal, although its decoder is fine.
+# Where posteriors are far from Gaussian, importance sampling falls short of annealing by many nats, here and in the source, in much the same rows. The source was right to trust annealing more. The columns of ESS have different maxima, so compare them within a column only.
 # The certificate, upper minus lower bound on data that each decoder simulates, says how far the annealing can be trusted, with 8 chains and 100 temperatures. It is several nats for the rows with $T = 50$, so their lead is, if anything, understated.
 #
 # What do the decoders dream? Equal $z$ in every row.
@@ -784,7 +790,7 @@ display(markdown_table(["a draw for a new image", "decoder gradients", "MB kept"
 tables.run_table(study, "amc_table1", labels)
 
 # %% [markdown]
-# AMC and the VAE draw at once. MCMC-VI needs its chain, because its student was never told about $q_T$. A persistent chain has nothing for a new image: 50 steps from the prior leave 0.6 of the start in unused directions.
+# AMC, AVB and the VAE draw at once. MCMC-VI needs its chain, because its student was never told about $q_T$. A persistent chain has nothing for a new image: 50 steps from the prior leave 0.6 of the start in unused directions.
 # Memory: $N K D$ numbers grow with the data and with the number $K$ of chains; an encoder does neither. For one chain on MNIST that is a few megabytes, hardly an argument; for a million images and ten chains it is one.
 #
 # ## What the source leaves open, and what we assumed
@@ -792,7 +798,7 @@ tables.run_table(study, "amc_table1", labels)
 # - *The step.* "Stepsize $\eta$" may be ours or half of it: texts with drift $h \nabla$ and noise $\sqrt{2h}$ mean $\eta = 2h$. Hence the rows with $2\eta$.
 # - *HAIS.* The name stands for two algorithms (chapter 6). Our column is annealing with fresh momentum and five leapfrog steps at each temperature, probably what the source ran.
 # - *The proposal of IS.* Rows without a density, and persistent chains without any encoder, still have a published IS value. We fit a Gaussian afterwards, with the decoder frozen. A $q$ fitted by the bound is too narrow, so this column is low.
-# - *ESS.* The two published columns have different maxima, 5000 and 100, and neither sees a mode that no sample found.
+# - *ESS.* The maxima are 5000 and 100 in the source, 1000 and 8 here. No ESS sees a mode that no sample found.
 # - *Everything else*: latent size, networks beyond their type, optimisers, updates per batch, samples per image, binarisation, mask and number of turns in Table 2. No published log-likelihood carries an error, and a lead of a fraction of a nat needs one.
 #
 # ## Summary

@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from .data import data_folder
-from .results import Estimate, Result, Table, load_result, markdown_table, mean_and_se
+from .results import (
+    Estimate,
+    Result,
+    Table,
+    format_estimate,
+    load_result,
+    markdown_table,
+    mean_and_se,
+)
 
 __all__ = [
     "Pooled",
@@ -57,14 +65,17 @@ class Pooled(NamedTuple):
     num_images: int
     num_seeds: int
 
-    def text(self, decimals: int = 2) -> str:
+    def text(self, decimals: int = 2, with_seeds: bool = True) -> str:
         """As the tables print it.
 
         >>> Pooled(-95.1, 2.25, 0.3, 100, 3).text(), Pooled(-95.1, 2.25, None, 100, 1).text(1)
         ('-95.10 ± 2.25 (seeds ± 0.30)', '-95.1 ± 2.2 (one seed)')
         """
+        text = format_estimate(self.mean, self.image_se, decimals)
+        if not with_seeds:
+            return text
         seeds = "one seed" if self.seed_se is None else f"seeds ± {self.seed_se:.{decimals}f}"
-        return f"{self.mean:.{decimals}f} ± {self.image_se:.{decimals}f} ({seeds})"
+        return f"{text} ({seeds})"
 
 
 def pool(values: Sequence[Tensor]) -> Pooled:
@@ -174,17 +185,26 @@ def study_table(
 _PROGRAM = "python -m amortised.experiments "
 
 
-def cells(results: Study, row: str, metrics: Iterable[str], decimals: int = 2) -> list[str | None]:
+def cells(
+    results: Study,
+    row: str,
+    metrics: Iterable[str],
+    decimals: int = 2,
+    *,
+    with_seeds: bool = True,
+) -> list[str | None]:
     """The pooled metrics of a row as texts, None for one that is not recorded.
 
     :param results: what :func:`load_study` returns.
     :param metrics: names of per-image metrics.
+    :param decimals: digits after the point.
+    :param with_seeds: print the seed errors, too.
 
     >>> cells({}, "vae", ["is_ll", "ais_ll"])
     [None, None]
     """
     columns = [_metric(results.get(row, []), metric) for metric in metrics]
-    return [pool(column).text(decimals) if column else None for column in columns]
+    return [pool(column).text(decimals, with_seeds) if column else None for column in columns]
 
 
 def metric_table(
@@ -193,6 +213,7 @@ def metric_table(
     metrics: Mapping[str, str],
     decimals: int = 2,
     *,
+    with_seeds: bool = True,
     given: Mapping[str, Mapping[str, object]] | None = None,
 ) -> Table:
     """Several metrics of a study at one scale side by side; a dash where there is no value.
@@ -201,6 +222,7 @@ def metric_table(
     :param labels: ``{row: label}``, in the order of the table.
     :param metrics: ``{title: per-image metric}``, a column for each.
     :param decimals: digits after the point.
+    :param with_seeds: print the seed errors, too; narrower without.
     :param given: ``{title: {row: cell}}``, more columns on the right, for instance published ones.
 
     >>> print(metric_table({}, {"vae": "VAE"}, {"IS-LL": "is_ll"}))
@@ -210,9 +232,9 @@ def metric_table(
     """
     more, lines = given or {}, []
     for row, label in labels.items():
-        texts = cells(results, row, metrics.values(), decimals)
+        texts = cells(results, row, metrics.values(), decimals, with_seeds=with_seeds)
         lines.append([label, *texts, *(column.get(row) for column in more.values())])
-    return markdown_table(["row", *metrics, *more], lines)
+    return markdown_table(["row", *metrics, *more], lines, decimals)
 
 
 def paired(results: Study, row: str, baseline: str, metric: str) -> tuple[Pooled, list[Estimate]]:
