@@ -371,6 +371,7 @@ def sample_panels(
     *,
     ncols: int = 4,
     num_shown: int = 250,
+    panel_size: float = 1.8,
     colour: str = COLOURS["approximation"],
 ) -> np.ndarray:
     """Several samples in the plane, each on its own panel above one and the same density.
@@ -380,6 +381,7 @@ def sample_panels(
     :param extent: ``(left, right, bottom, top)``; points outside are not seen.
     :param ncols: panels in a row.
     :param num_shown: points drawn on a panel.
+    :param panel_size: width of a panel, inches.
     :param colour: colour of the points.
     :return: the axes of the panels, ``[len(samples)]``.
 
@@ -391,9 +393,8 @@ def sample_panels(
     """
     ncols = min(ncols, len(samples))
     nrows = math.ceil(len(samples) / ncols)
-    _, grid = plt.subplots(
-        nrows, ncols, sharex=True, sharey=True, squeeze=False, figsize=(1.8 * ncols, 1.85 * nrows)
-    )
+    figsize = (panel_size * ncols, (panel_size + 0.05) * nrows)
+    _, grid = plt.subplots(nrows, ncols, sharex=True, sharey=True, squeeze=False, figsize=figsize)
     panels = grid.flatten()
     for panel in panels[len(samples) :]:
         panel.set_visible(False)
