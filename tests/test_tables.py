@@ -77,7 +77,7 @@ def test_the_table_shows_published_and_recorded_values_and_names_what_is_missing
         "`run amc_table1 avb --scale full`",
         "`run amc_table1 avb --scale laptop` |",
     ]
-    assert lines[-1].startswith("Code is not recorded yet")
+    assert lines[-1].startswith("A command stands for a run that is not recorded")
     full = tables.study_table("amc_table1", {"vae": "VAE"}, "ll", scales=["laptop"], root=root)
     assert "not recorded" not in full and "published" not in full
 

@@ -166,7 +166,7 @@ def study_table(
     | :-- | :-- | :-- |
     | VAE | -80.64 | `run no_such_study vae --scale full` |
     <BLANKLINE>
-    Code is not recorded yet; `python -m amortised.experiments` before it makes the cell.
+    A command stands for a run that is not recorded: `python -m amortised.experiments` goes before it.
     """
     loaded = {scale: load_study(study, scale, root) for scale in scales}
     is_missing, lines = False, []
@@ -178,7 +178,9 @@ def study_table(
             line.append(text or f"`{command(study, row, scale).removeprefix(_PROGRAM)}`")
         lines.append(line)
     header = ["row", *(["published"] if published else []), *scales]
-    note = f"\n\nCode is not recorded yet; `{_PROGRAM.strip()}` before it makes the cell."
+    note = (
+        f"\n\nA command stands for a run that is not recorded: `{_PROGRAM.strip()}` goes before it."
+    )
     return Table(markdown_table(header, lines) + (note if is_missing else ""))
 
 
