@@ -166,7 +166,7 @@ def study_table(
     | :-- | :-- | :-- |
     | VAE | -80.64 | `run no_such_study vae --scale full` |
     <BLANKLINE>
-    A command stands for a run that is not recorded: `python -m amortised.experiments` goes before it.
+    A command stands for a run that is not recorded: `python -m amortised.experiments` ...it.
     """
     loaded = {scale: load_study(study, scale, root) for scale in scales}
     is_missing, lines = False, []
