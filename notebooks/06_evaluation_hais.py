@@ -58,6 +58,7 @@ import math
 
 import matplotlib.pyplot as plt
 import torch
+from IPython.display import display
 from torch.distributions import Independent, Normal
 
 from amortised import data, evaluation, plotting, results, tables
@@ -340,11 +341,10 @@ gap_curves = {
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-eval-momentum", "caption": "Mean gap $\\log p(x) - \\mathbb{E} \\log w$ of one chain against its number of gradients, for three transitions with the same leapfrog step. Bars are two standard errors; the dotted line has slope $-1$."}, "image": {"alt": "Three falling lines on doubly logarithmic axes, nearly straight with slope minus one. The line of HAIS lies lowest, Langevin highest."}}
 figure, ax = plt.subplots(figsize=(6.0, 3.6))
-for (name, points), marker in zip(gap_curves.items(), "osD", strict=True):
+for (name, points), mark in zip(gap_curves.items(), "osD", strict=True):
     mean, se = zip(*[(p.mean, 2 * p.se) for p in points], strict=True)
-    ax.errorbar(budgets, mean, yerr=se, marker=marker, label=name)
-reference = gap_curves["HAIS, L = 1"][-1].mean
-ax.plot(budgets, [0.6 * reference * budgets[-1] / b for b in budgets], ":", color=plotting.GREY)
+    ax.errorbar(budgets, mean, yerr=se, marker=mark, label=name)
+ax.plot(budgets, [0.6 * mean[-1] * budgets[-1] / b for b in budgets], ":", color=plotting.GREY)
 ax.set(xlabel="gradients per chain", ylabel="gap, nats", xscale="log", yscale="log")
 ax.set_xticks(budgets, labels=budgets)
 ax.minorticks_off()
@@ -472,6 +472,8 @@ print("some adapting rule overestimates p(x):", worst.mean - 1 > 4 * worst.se)
 # ## A trained decoder
 #
 # Now the decoder of this book: 32 latents, three transposed convolutions, trained as a variational auto-encoder. Its weights are in the repository, with a record of how they were made.
+#
+# First, watch a few chains. The ten lines from above anneal six chains for each of three digits. The decoder draws what each $z_t$ stands for. At $b = 0$ the chains know nothing of the digit; long before $b = 1$ they agree.
 
 # %%
 folder = data.data_folder() / "models" / "reference"
@@ -481,11 +483,6 @@ for module in (decoder, encoder):
     module.requires_grad_(False)
 images = data.load_mnist_binary("test").images.to(device)
 x_test, x_shown = images[:num_images], images[:3]
-
-# %% [markdown]
-# First, watch a few chains. The ten lines from above anneal six chains for each of three digits. The decoder draws what each $z_t$ stands for. At $b = 0$ the chains know nothing of the digit; long before $b = 1$ they agree.
-
-# %%
 with torch.no_grad():
     z0 = torch.randn(6, 3, 32, generator=stream(16)).to(device)
     _, path = annealed_importance_sampling(
@@ -500,9 +497,8 @@ betas = sigmoid_schedule(40)[[0, 4, 8, 12, 16, 20, 24, 32, 40]].tolist()
 
 def draw(figure, frame):
     ax = figure.subplots()
-    blank = torch.zeros(3, 1, 784)
-    grid = torch.cat([x_shown[:, None].cpu(), blank, shown[frame].transpose(0, 1)], dim=1)
-    plotting.show_digits(grid.reshape(-1, 784), ncols=8, ax=ax)
+    parts = x_shown[:, None].cpu(), torch.zeros(3, 1, 784), shown[frame].transpose(0, 1)
+    plotting.show_digits(torch.cat(parts, dim=1).reshape(-1, 784), ncols=8, ax=ax)
     ax.set_title(f"b = {betas[frame]:.3f}")
 
 
@@ -566,20 +562,15 @@ print("mean gap below 1 nat at these settings:", gap.mean < 1.0)
 # (sec-eval-results)=
 # ## Published and own results
 #
-# The decoder above has a longer evaluation on record, with 16 chains of 1,000 temperatures:
+# The decoder above has a longer evaluation on record, with 16 chains of 1,000 temperatures; the next cell shows it first. But one model alone says little about an estimator. {cite:t}`li2017amc` evaluated ten ways to train one small decoder twice: by importance sampling with $K = 5000$ and by annealing with $K = 100$. The ten rows are a study of this book too; chapter 5 says what they are. Here we only ask how well they were *measured*. Published and recorded values differ in training and length of training, so compare within a column.
 
 # %%
 path = data.data_folder() / "results/reference/vae-laptop-seed0.json"
 metrics = results.load_result(path).record["metrics"]
-results.markdown_table(
-    ["AIS+HMC", "importance sampling, K = 5000", "certificate, simulated pairs"],
-    [[metrics[name] for name in ("ais_ll", "importance_sampling_ll", "simulated_gap")]],
-)
+columns = ["AIS+HMC", "importance sampling, K = 5000", "certificate, simulated pairs"]
+names = ["ais_ll", "importance_sampling_ll", "simulated_gap"]
+display(results.markdown_table(columns, [[metrics[name] for name in names]]))
 
-# %% [markdown]
-# One model alone says little about an estimator. {cite:t}`li2017amc` evaluated ten ways to train one small decoder twice: by importance sampling with $K = 5000$ and by annealing with $K = 100$. The ten rows are a study of this book too; chapter 5 says what they are. Here we only ask how well they were *measured*. Published and recorded values differ in training and length of training, so compare within a column.
-
-# %%
 published = {
     metric: {e["row"]: e for e in results.load_published("amc", table="Table 1", metric=metric)}
     for metric in ("IS-LL", "HAIS-LL")
@@ -599,6 +590,7 @@ tables.study_table("amc_table1", labels, "ais_ll", printed, decimals=1)
 # The next table subtracts. How much does annealing find that importance sampling has missed? The proposal is the same kind for every row, a Gaussian fitted to the finished decoder, and the differences are taken in pairs. The last column is the certificate: the gap of the sandwich on digits that the decoder itself generated.
 
 # %%
+# NBVAL_CHECK_OUTPUT
 recorded = tables.load_study("amc_table1", "laptop")
 missed, rows = {"published": {}, "laptop": {}}, []
 for row, name in study.items():
@@ -610,12 +602,8 @@ for row, name in study.items():
     missed["laptop"][row] = pooled.mean
     gap = tables.pool([values["simulated_gap"] for values in runs]).text(1)
     rows.append([labels[row], missed["published"][row], pooled.text(1), gap])
-results.markdown_table(
-    ["row", "annealed minus IS, published", "in pairs, laptop", "certificate, laptop"], rows
-)
-
-# %%
-# NBVAL_CHECK_OUTPUT
+columns = ["row", "annealed minus IS, published", "in pairs, laptop", "certificate, laptop"]
+display(results.markdown_table(columns, rows))
 worst = [set(sorted(values, key=values.get)[-5:]) for values in missed.values()]
 print("the same five rows lose most by importance sampling:", worst[0] == worst[1])
 print(*sorted(worst[0]), sep=", ")
