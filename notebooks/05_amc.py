@@ -37,6 +37,7 @@ num_steps: int = 150  # distillation steps of each student
 num_draws: int = 4000  # draws of each student that are compared with the posterior
 train_steps: int = 80  # training steps of the two image models that are trained here
 num_images: int = 8  # test images on which those two are evaluated
+num_temperatures: int = 50  # temperatures of that evaluation
 num_turns: int = 40  # turns of each imputation chain
 retrain: bool = False  # train the decoders of Table 1 again, one pass each: over an hour
 
@@ -47,8 +48,8 @@ count = checks.integer(minimum=1)
 checks.parameters(
     globals(), seed=checks.integer(minimum=0), num_students=count, num_steps=count,
     num_draws=checks.integer(minimum=100), train_steps=count,
-    num_images=checks.integer(minimum=2, maximum=10_000), num_turns=count,
-    retrain=checks.boolean(),
+    num_images=checks.integer(minimum=2, maximum=10_000), num_temperatures=count,
+    num_turns=count, retrain=checks.boolean(),
 )  # fmt: skip
 
 # %%
@@ -438,11 +439,11 @@ for name, (z, networks) in avb.items():
     with torch.no_grad():
         bound = -adversarial.avb_loss(fold, networks["discriminator"], x, z, contrast)
     excess = bound.reshape(num_students, 3) - log_evidence
-    rows.append((name, int((excess > 0).sum()), excess.numel(), excess.max().item()))
-markdown_table(["“bound” minus exact log p(x)", "above 0", "of", "highest, nats"], rows)
+    rows.append((name, int((excess > 0.1).sum()), excess.numel(), excess.max().item()))
+markdown_table(["“bound” minus exact log p(x)", "above 0.1", "of", "highest, nats"], rows)
 
 # %% [markdown]
-# A student that dropped one of two equal valleys has a true bound at least $\log 2$ below $\log p(x)$. Evaluate AVB by annealing, never by its discriminator.
+# No true bound is above zero in this table, and a student that dropped one of two equal valleys has one at least $\log 2$ below. Evaluate AVB by annealing, never by its discriminator.
 #
 # ## Open questions, asked of the toy
 #
@@ -615,14 +616,14 @@ def train(row, images, num_updates, batch_size=32):
 
 images, x_test = data.load_mnist("train").images, data.load_mnist_binary("test").images
 for row in ROWS.values():
-    train(row, images[:8], num_updates=1, batch_size=8)
+    train(row, images[:4], num_updates=1, batch_size=4)
 
 # %% [markdown]
 # All ten have taken one step, to show that they can. Two of them take more and are evaluated by annealed importance sampling, in pairs. Their level says little after so few steps; the machinery is what is on trial.
 
 # %%
-settings = dict(num_chains=4, pilot_chains=2, num_temperatures=50, num_leapfrog=5, seed=seed)
-estimates = {}
+settings = dict(num_temperatures=num_temperatures, num_leapfrog=5, seed=seed)
+settings, estimates = settings | dict(num_chains=4, pilot_chains=2), {}
 for name in ("vae", "amc_cnn_g_t5"):
     decoder = train(ROWS[name], images, train_steps)
     estimates[name] = evaluation.hais_ll(decoder, x_test[:num_images], **settings)
@@ -652,7 +653,7 @@ tables.metric_table(study, labels, columns, decimals=1, with_seeds=False, given=
 
 # %% [markdown]
 # *First table.* A cell is the mean with its standard error over images, and in brackets the standard error over seeds. One seed has none; such a row is a statement about that run.
-# Columns are different experiments: the published decoders were trained to convergence, a laptop decoder has seen each digit once. So do not expect the published order. At this age the bound has not taught the VAE to use its latents, and whoever gives the decoder a livelier $z$ is ahead.
+# Columns are different experiments: the published decoders were trained to convergence, a laptop decoder has seen each digit once. So do not expect the published order. At this age the bound has not yet taught the VAE to use its latents, and most rows that give the decoder a livelier $z$ are ahead.
 # Further rows wait for the full scale: each row with $\eta$ once more with $2\eta$, a Gaussian student with the inclusive rule, with a Metropolis test and with Hamiltonian teachers, and a Wasserstein game.
 #
 # *Second table.* Only differences within a column carry meaning, taken over the same images. The source's headline, CNN-G with $T = 50$ above persistent chains, is a fraction of a nat, without an error.
@@ -686,14 +687,14 @@ plt.show()
 
 # %%
 trained = {"vae": "vae", "cnn_g": "amc_cnn_g_t50", "cnn_b": "amc_cnn_b_t50"}
+networks = {name: (network(row), network(row, "encoder")) for name, row in trained.items()}
 generator, x, filled = torch.Generator().manual_seed(seed), x_test[[2, 4]], {}
 masks = {kind: imputation.missing_mask(kind, generator=generator) for kind in imputation.MASKS}
 long = dict(schedule=sigmoid_schedule(2 * num_turns), step_size=0.1, num_leapfrog=3, num_steps=10)
 for kind, mask in masks.items():
-    for name, row in trained.items():
-        turns = (network(row), network(row, "encoder"), x, mask, num_turns, 5)
-        filled[kind, name] = imputation.impute(*turns)
-    drawn_long = imputation.conditional_samples(network("amc_cnn_g_t50"), x, mask, 5, **long)
+    for name, pair in networks.items():
+        filled[kind, name] = imputation.impute(*pair, x, mask, num_turns, 5)
+    drawn_long = imputation.conditional_samples(networks["cnn_g"][0], x, mask, 5, **long)
     filled[kind, "reference"] = drawn_long.x
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-imputation", "caption": "Two test digits with four masks. Grey: observed. Orange: five imputations by the encoder of each row, {eq}`eq-amc-impute`, and by long chains in the CNN-G row's decoder. First column of each digit: what was covered, in full."}, "image": {"alt": "Four blocks of four rows. In each row two groups of a complete digit and five completions of it; grey parts agree within a block, orange parts differ from copy to copy."}}
@@ -725,7 +726,7 @@ markdown_table(["encoder, mask", "entropy, nats", "reference", "l1 per pixel", "
 # %% [markdown]
 # A dash marks what is not recorded yet; `python -m amortised.experiments run amc_imputation` makes it. The mask of the source is unknown; we assume the lower half, and 500 turns at full scale.
 # At laptop scale the VAE stays close to its reference. The AMC encoders do not: their images lie further from any training digit, and their entropy is mostly above the reference. In {numref}`fig-amc-imputation` one sees why. The game has left them with codes that are typical of no image, and each turn feeds the error back.
-# The source reads high entropy as a virtue. Without the reference nobody can tell it from noise.
+# The source reads high entropy as a virtue. Without the reference nobody can tell it from noise. The reference has a weakness of its own: at this scale a few of its ten annealed chains carry most of the weight, so its entropy is somewhat too low.
 #
 # %% [markdown]
 # ## Convergence and cost
@@ -881,7 +882,7 @@ checks.close(slope, [0.0, 0.0], atol=0.01, label="the slope of the loss at your 
 #
 # ```{exercise} Whose z?
 # :label: ex-amc-whose
-# Train the decoder of the linear model by `decoder_samples="student"` and by `"teacher"`, with a student that is held far too narrow. Which one learns a noise scale that is too small, and why? Check the sign:
+# Train the decoder of the linear model once on the student's $z$ and once on the teacher's (the argument `decoder_samples` of {py:func}`amortised.amc.amc_step`), with a student that is held far too narrow. Which one learns a noise scale that is too small, and why? Check the sign:
 #
 # ~~~python
 # checks.ordered(noise["student"], noise["teacher"], label="the order of the noise scales")

@@ -438,9 +438,9 @@ def draw_flow(
     >>> plt.close(figure)
     """
     plane, bar = figure.subplots(1, 2, width_ratios=(5, 1))
-    show_density(lambda z: target_fn(z.float()), extent, ax=plane, num_points=81)
+    show_density(lambda z: target_fn(z.float()), extent, ax=plane, num_points=61)
     orange = {"colour": COLOURS["approximation"], "masses": (0.9,), "fill": False}
-    show_density(lambda z: approximation_fn(z.float()), extent, ax=plane, **orange, num_points=81)
+    show_density(lambda z: approximation_fn(z.float()), extent, ax=plane, **orange, num_points=61)
     plane.plot(*samples[:num_shown].cpu().T, ".", color=COLOURS["samples"], markersize=3)
     plane.set(xlim=extent[:2], ylim=extent[2:], xlabel="$z_1$", ylabel="$z_2$", title=title)
     bar.bar([0], [divergence], color=COLOURS["bound"], alpha=0.5)
