@@ -113,6 +113,8 @@ def test_compiled_route_agrees_with_autograd_at_any_number_of_chains():
     x = images(model, 6)
     fn = log_likelihood_and_grad(model, x, "compiled", chunk_size=48)
     assert fn.route == "compiled"
+    with pytest.raises(ValueError, match="support"):  # PyTorch's compiler turns these checks off
+        model.log_joint(torch.full((1, 784), 0.5), torch.zeros(1, 32))
     with torch._dynamo.config.patch(error_on_recompile=True):  # one compilation serves them all
         for num_chains in (1, 2, 3, 16, 17):
             assert_agrees(fn, model, x, positions(model, num_chains, 6, 32))

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from .models import BernoulliDecoder, LatentVariableModel
 from .numerics import is_capturing, value_and_grad
@@ -40,6 +41,7 @@ __all__ = ["ROUTES", "LogLikelihoodAndGrad", "log_likelihood_and_grad"]
 ROUTES = ("auto", "eager", "rewritten", "compiled", "dense")
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _VECTOR_WIDTH = 16  # float32 values in the widest register of common processors
+_FEWEST_ROWS = 16  # products of fewer rows are computed by other kernels, which round otherwise
 
 
 def log_likelihood_and_grad(
@@ -94,8 +96,9 @@ def log_likelihood_and_grad(
     :param x: observations, ``[B, P]``; binary for a ``BernoulliDecoder``.
     :param route: one of the names above.
     :param dtype: type of weights and activations; by default the model's own.
-    :param chunk_size: chains evaluated at once, which bounds the memory beyond inputs and results;
-        by default 256 per processor thread on a CPU and 65,536 on other devices.
+    :param chunk_size: chains evaluated at once, which bounds the memory beyond inputs and results.
+        No chunk is cut below 16 chains, so that the limit does not change how products round. By
+        default 256 per processor thread on a CPU and 65,536 on other devices.
     :return: a callable ``z -> (log_likelihood, grad)`` for z of shape ``[..., B, D]``.
     :raises ValueError: when the route is unknown or does not cover the model, when x is not
         binary or not ``[B, P]``, or when another argument is out of range.
@@ -284,6 +287,7 @@ class LogLikelihoodAndGrad:
             )
         flat = z.detach().reshape(-1, latent_dim)
         num_chunks = math.ceil(len(flat) / self.chunk_size)
+        num_chunks = min(num_chunks, max(1, len(flat) // _FEWEST_ROWS))
         for i in range(num_chunks):
             start, stop = i * len(flat) // num_chunks, (i + 1) * len(flat) // num_chunks
             rows = torch.arange(start, stop, device=z.device) % num_images
@@ -608,6 +612,7 @@ def _compile(
     """The compiled function, or None, with one warning, where PyTorch cannot compile."""
     key = (stages, weights[0][0].dtype, z.dtype, z.device)
     if key not in _COMPILED:
+        validates = Distribution._validate_args
 
         @functools.partial(torch.compile, fullgraph=True)
         def compiled(weights: list, z: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
@@ -634,6 +639,8 @@ def _compile(
                 f"is there a C++ compiler? ({type(error).__name__}: {reason})",
                 stacklevel=2,
             )
+        finally:  # the first compilation of a process turns the checks of distributions off
+            Distribution.set_default_validate_args(validates)
     return _COMPILED[key]
 
 
