@@ -32,6 +32,7 @@
 
 # %% tags=["parameters"]
 seed: int = 0  # of every random number in this chapter
+num_rounds: int = 5  # rounds of the first animation
 num_students: int = 6  # students that each rule trains side by side
 num_steps: int = 150  # distillation steps of each student
 num_draws: int = 4000  # draws of each student that are compared with the posterior
@@ -46,8 +47,8 @@ from amortised import checks
 
 count = checks.integer(minimum=1)
 checks.parameters(
-    globals(), seed=checks.integer(minimum=0), num_students=count, num_steps=count,
-    num_draws=checks.integer(minimum=100), train_steps=count,
+    globals(), seed=checks.integer(minimum=0), num_rounds=checks.integer(minimum=2),
+    num_students=count, num_steps=count, num_draws=checks.integer(minimum=100), train_steps=count,
     num_images=checks.integer(minimum=2, maximum=10_000), num_temperatures=count,
     num_turns=count, retrain=checks.boolean(),
 )  # fmt: skip
@@ -158,7 +159,7 @@ def total_variation(z):
 # %%
 x, q, frames = x_fold[2:], MultivariateNormal(torch.tensor([0.0, -1.0]), 0.16 * torch.eye(2)), []
 log_posterior = (log_joint[:, 2] - log_evidence[2]).float()
-for _ in range(5):
+for _ in range(num_rounds):
     divergence = (log_posterior.exp() * (log_posterior - q.log_prob(grid[:, 0]))).sum() / 25**2
     z0 = q.sample((num_draws, 1))
     chain = amc.teacher_chain(fold, x, z0, num_steps=8, step_size=0.05).samples
