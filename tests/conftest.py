@@ -1,9 +1,22 @@
 """Shared by all tests: a fixed seed for each, whatever ran before it."""
 
+from functools import cache
+
 import pytest
 import torch
+
+from amortised import data
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def mnist_is_read_once():
+    """For modules that load the images again and again."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_mnist", "load_mnist_binary"):
+            patch.setattr(data, name, cache(getattr(data, name)))
+        yield

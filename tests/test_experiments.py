@@ -19,7 +19,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,12 +116,7 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _mnist_is_read_once():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("load_mnist", "load_mnist_binary"):
-            patch.setattr(data, name, cache(getattr(data, name)))
-        yield
+pytestmark = pytest.mark.usefixtures("mnist_is_read_once")
 
 
 def changed(changes: dict | None = None, studies: dict = TINY) -> dict:

@@ -9,9 +9,9 @@ from torch import nn
 from amortised import amc, data
 from amortised.adversarial import Discriminator
 from amortised.encoders import ImplicitEncoder
-from amortised.fast import log_likelihood_and_grad
+from amortised.fast import RefreshedLikelihood
 from amortised.models import ConvBernoulli
-from amortised.recipes import argument_validation
+from amortised.numerics import argument_validation
 from amortised.training import CudaGraphStep, _remember
 
 NUM_STEPS = 100
@@ -37,15 +37,9 @@ def train(batches, *, fast, graph=False, device="cpu"):
             network.to(device)
             rate = torch.tensor(1e-3, device=device) if graph else 1e-3
             optimizers[name] = torch.optim.Adam(network.parameters(), rate, capturable=graph)
-        model, made = networks["model"], []
-
-        def route(x):
-            made[:] = [made[0].refresh(x) if made else log_likelihood_and_grad(model, x)]
-            return made[0]
-
-        teacher = partial(
-            amc.teacher_samples, model, num_steps=10, step_size=0.02, route=route if fast else None
-        )
+        model = networks["model"]
+        route = RefreshedLikelihood(model) if fast else None
+        teacher = partial(amc.teacher_samples, model, num_steps=10, step_size=0.02, route=route)
 
         def step(x):
             return amc.amc_step(

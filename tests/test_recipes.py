@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,12 +66,7 @@ KINDS = kinds_in_use()
 VAE = next(e for e in KINDS.values() if e.config.get("method") == "vae")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _mnist_is_read_once():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("load_mnist", "load_mnist_binary"):
-            patch.setattr(data, name, cache(getattr(data, name)))
-        yield
+pytestmark = pytest.mark.usefixtures("mnist_is_read_once")
 
 
 @pytest.fixture(scope="module")

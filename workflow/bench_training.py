@@ -12,7 +12,6 @@ stored channels first. The others add one thing each: channels last, the rewritt
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -24,9 +23,9 @@ from torch import nn
 from amortised import amc, data, results
 from amortised.adversarial import Discriminator
 from amortised.encoders import GaussianEncoder, ImplicitEncoder
-from amortised.fast import log_likelihood_and_grad
+from amortised.fast import RefreshedLikelihood
 from amortised.models import ConvBernoulli
-from amortised.recipes import argument_validation
+from amortised.numerics import argument_validation
 from amortised.training import CudaGraphStep
 
 CONTESTANTS = {
@@ -66,20 +65,12 @@ def make_step(
         network.to(device, memory_format=layout)
         rate = torch.tensor(1e-3, device=device) if graph else 1e-3
         optimizers[name] = torch.optim.Adam(network.parameters(), lr=rate, capturable=graph)
-    made = []
-
-    def refreshed(x):
-        made[:] = [
-            made[0].refresh(x) if made else log_likelihood_and_grad(model, x, route, dtype=dtype)
-        ]
-        return made[0]
-
     teacher = partial(
         amc.teacher_samples,
         model,
         num_steps=num_steps,
         step_size=0.02,
-        route=refreshed if route else None,
+        route=RefreshedLikelihood(model, route=route, dtype=dtype) if route else None,
     )
 
     def step(grey):
@@ -136,7 +127,7 @@ def main() -> None:
         repetitions = 10 if num_steps < 50 else 2
         times: dict[str, list[float]] = {name: [] for name in steps}
         # A graph cannot hold the validation of a distribution's arguments.
-        with argument_validation(False) if device.type == "cuda" else contextlib.nullcontext():
+        with argument_validation(device.type != "cuda"):
             for step in steps.values():
                 seconds(step, batch, 2)
             for _ in range(options.rounds):

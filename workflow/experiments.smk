@@ -29,24 +29,22 @@ def marker(experiment):
     return f"{os.path.relpath(PLACES.work(experiment))}.done"
 
 
-def has_weights(experiment):
-    kept = PLACES.kept_weights(experiment, "decoder")
-    return PLACES.weights(experiment, "decoder").is_file() or (
-        experiment.seed == 0 and "encoder" in experiment.keep and kept.is_file()
-    )
+def is_ready(experiment):
+    """Whether others can build on it now."""
+    return all(engine.find_weights(experiment, role, PLACES) for role in engine.ROLES)
 
 
 ALL = {marker(experiment): experiment for experiment in engine.select(STUDIES, scale=SCALE)}
-TODO = {}
+JOBS = {}
 for experiment in CHOSEN:
     if engine.state_of(experiment, PLACES).word == "done":
         continue
     needed = experiment.needs
     if needed is not None:
-        if engine.state_of(needed, PLACES).word != "done" or not has_weights(needed):
-            TODO[marker(needed)] = needed
-    TODO[marker(experiment)] = experiment
-for path in TODO:  # of a result that has since been removed
+        if engine.state_of(needed, PLACES).word != "done" or not is_ready(needed):
+            JOBS[marker(needed)] = needed
+    JOBS[marker(experiment)] = experiment
+for path in JOBS:  # of a result that has since been removed
     Path(path).unlink(missing_ok=True)
 
 
@@ -56,22 +54,22 @@ def chosen(wildcards):
 
 def builds_on(wildcards):
     needed = chosen(wildcards).needs
-    return [marker(needed)] if needed is not None and marker(needed) in TODO else []
+    return [marker(needed)] if needed is not None and marker(needed) in JOBS else []
 
 
 def command(wildcards):
     experiment = chosen(wildcards)
     again = "--again" if engine.state_of(experiment, PLACES).word == "done" else ""
-    own = (f" --file {FILE}" if FILE else "") + (f" --root {ROOT}" if ROOT else "")
+    where = (f"--file {FILE}" if FILE else "", f"--root {ROOT}" if ROOT else "")
     return (
-        f"{own} run {experiment.study} {experiment.row} --scale {experiment.scale} --seed {experiment.seed}"
-        f" --device {DEVICE} {again}"
+        f"{' '.join(where)} run {experiment.study} {experiment.row} --scale {experiment.scale}"
+        f" --seed {experiment.seed} --device {DEVICE} {again}"
     )
 
 
 rule experiments:
     input:
-        list(TODO),
+        list(JOBS),
 
 
 rule experiment:

@@ -66,6 +66,7 @@ __all__ = [
     "BDMCEstimate",
     "LikelihoodEstimate",
     "bdmc_ll",
+    "build_module",
     "fit_gaussian_proposal",
     "hais_ll",
     "importance_sampling_ll",
@@ -782,6 +783,27 @@ def _check_counts(**counts: int) -> None:
 # --- command line --------------------------------------------------------------------------------
 
 
+def build_module(architecture: Mapping[str, object]) -> nn.Module:
+    """A new network from its description.
+
+    :param architecture: the name of a class of :mod:`amortised.models` or
+        :mod:`amortised.encoders`, and its arguments.
+    :raises amortised.results.ResultError: if there is no such class, or it takes no such arguments.
+
+    >>> build_module({"class": "ConvBernoulli", "latent_dim": 2}).latent_dim
+    2
+    """
+    arguments = dict(architecture)
+    name = arguments.pop("class")
+    kind = getattr(models, name, None) or getattr(encoders, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise results.ResultError(f"its class is {name!r}, which is no model or encoder")
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise results.ResultError(f"cannot build {name}: {error}") from error
+
+
 def load_module(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
     """Build the network that a file of weights describes, and load the weights.
 
@@ -806,17 +828,13 @@ def load_module(path: str | os.PathLike, device: str | torch.device = "cpu") -> 
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             architecture = json.loads(file.metadata()["amortised"])["architecture"]
-        name, arguments = architecture["class"], dict(architecture)
+        architecture["class"]
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise results.ResultError(f"{path} is damaged or not of this project: {error!r}") from error
-    del arguments["class"]
-    kind = getattr(models, name, None) or getattr(encoders, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise results.ResultError(f"{path} holds weights of {name!r}, which is no model or encoder")
     try:
-        module = kind(**arguments)
-    except TypeError as error:
-        raise results.ResultError(f"{path}: cannot build {name}: {error}") from error
+        module = build_module(architecture)
+    except results.ResultError as error:
+        raise results.ResultError(f"{path}: {error}") from error
     results.load_weights(path, module, architecture)
     return module.to(device)
 

@@ -59,6 +59,7 @@ __all__ = [
     "Places",
     "State",
     "Study",
+    "find_weights",
     "load_studies",
     "main",
     "run_experiment",
@@ -562,22 +563,31 @@ def _wall_time(folder: Path, started: float) -> dict[str, float]:
     return {"wall_seconds": round(max(seconds, time.time() - started), 3)}
 
 
+def find_weights(experiment: Experiment, role: str, places: Places | None = None) -> Path | None:
+    """Weights of a run: those made here, or those that are committed; ``None`` if neither is there.
+
+    :param role: ``"decoder"`` or ``"encoder"``.
+    """
+    places = places or Places.of_the_project()
+    candidates = [places.weights(experiment, role)]
+    if experiment.seed == 0 and state_of(experiment, places).word == "done":
+        candidates.append(places.kept_weights(experiment, role))
+    return next((path for path in candidates if path.is_file()), None)
+
+
 def _weights_of(experiment: Experiment, places: Places, role: str) -> Path:
     """Weights of the run that this one builds on: those made here, or those that are committed."""
     trained = experiment.needs
     if trained is None:
         raise ExperimentError(f"{experiment.name} builds on no other run")
-    candidates = [places.weights(trained, role)]
-    state = state_of(trained, places).word
-    if trained.seed == 0 and state == "done":
-        candidates.append(places.kept_weights(trained, role))
-    for path in candidates:
-        if path.is_file():
-            return path
+    path = find_weights(trained, role, places)
+    if path is not None:
+        return path
+    again = " --again" if state_of(trained, places).word == "done" else ""
     raise ExperimentError(
         f"{experiment.name} needs the weights of {trained.name}, which are not here. Make them:\n"
         f"  python -m amortised.experiments run {trained.study} {trained.row} --seed {trained.seed}"
-        f" --scale {trained.scale}" + (" --again" if state == "done" else "")
+        f" --scale {trained.scale}{again}"
     )
 
 

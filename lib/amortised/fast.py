@@ -31,12 +31,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from .models import BernoulliDecoder, LatentVariableModel
-from .numerics import is_capturing, value_and_grad
+from .numerics import argument_validation, is_capturing, value_and_grad
 
-__all__ = ["ROUTES", "LogLikelihoodAndGrad", "log_likelihood_and_grad"]
+__all__ = ["ROUTES", "LogLikelihoodAndGrad", "RefreshedLikelihood", "log_likelihood_and_grad"]
 
 ROUTES = ("auto", "eager", "rewritten", "compiled", "dense")
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -202,7 +201,7 @@ class LogLikelihoodAndGrad:
         exact, forces = self._packed[0], self._packed[-1]
         run = None
         if self.route == "compiled":
-            num_chains = max(16, self.chunk_size)
+            num_chains = max(_FEWEST_ROWS, self.chunk_size)
             z = self._data.new_zeros(num_chains, self._model.latent_dim)
             run = _compile(network.stages, forces, z, self._data[:1].repeat(num_chains, 1))
             self.route = "compiled" if run else "rewritten"
@@ -292,6 +291,32 @@ class LogLikelihoodAndGrad:
             start, stop = i * len(flat) // num_chunks, (i + 1) * len(flat) // num_chunks
             rows = torch.arange(start, stop, device=z.device) % num_images
             yield slice(start, stop), flat[start:stop], rows
+
+
+class RefreshedLikelihood:
+    """The likelihood of a model under training, for each minibatch: x to a callable of z.
+
+    The callable is made once and then refreshed, so that packed weights and captured graphs stay in
+    use. It is the ``route`` of :func:`amortised.amc.teacher_chain`.
+
+    :param model: the model; its weights are taken as they are at each call.
+    :param settings: of :func:`log_likelihood_and_grad`.
+
+    >>> from amortised.models import ConvBernoulli
+    >>> route = RefreshedLikelihood(ConvBernoulli())
+    >>> route(torch.zeros(3, 784)) is route(torch.ones(5, 784))
+    True
+    """
+
+    def __init__(self, model: LatentVariableModel, **settings: object):
+        self.model, self.settings = model, settings
+        self._likelihood: LogLikelihoodAndGrad | None = None
+
+    def __call__(self, x: Tensor) -> LogLikelihoodAndGrad:
+        if self._likelihood is None:
+            self._likelihood = log_likelihood_and_grad(self.model, x, **self.settings)
+            return self._likelihood
+        return self._likelihood.refresh(x)
 
 
 # --- autograd ------------------------------------------------------------------------------------
@@ -612,36 +637,40 @@ def _compile(
     """The compiled function, or None, with one warning, where PyTorch cannot compile."""
     key = (stages, weights[0][0].dtype, z.dtype, z.device)
     if key not in _COMPILED:
-        validates = Distribution._validate_args
-
-        @functools.partial(torch.compile, fullgraph=True)
-        def compiled(weights: list, z: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-            return _value_and_grad(stages, weights, z, signs)
-
-        def run(weights: list, z: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-            # PyTorch chooses another convolution, hence compiles anew, for fewer than 16 images.
-            missing = max(0, 16 - len(z))
-            if missing:
-                z, signs = F.pad(z, (0, 0, 0, missing)), F.pad(signs, (0, 0, 0, missing))
-            value, grad = compiled(weights, z, signs)
-            return (value[:-missing], grad[:-missing]) if missing else (value, grad)
-
-        torch._dynamo.maybe_mark_dynamic(z, 0)  # one compilation for all numbers of chains
-        torch._dynamo.maybe_mark_dynamic(signs, 0)
-        try:
-            run(weights, z, signs)
-            _COMPILED[key] = run
-        except Exception as error:  # whatever a missing or broken toolchain raises
-            _COMPILED[key] = None
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(
-                "torch.compile failed, so the 'rewritten' route takes the place of 'compiled'; "
-                f"is there a C++ compiler? ({type(error).__name__}: {reason})",
-                stacklevel=2,
-            )
-        finally:  # the first compilation of a process turns the checks of distributions off
-            Distribution.set_default_validate_args(validates)
+        # PyTorch turns the checks of all distributions off when it compiles for the first time.
+        with argument_validation(True):
+            _COMPILED[key] = _try_to_compile(stages, weights, z, signs)
     return _COMPILED[key]
+
+
+def _try_to_compile(
+    stages: tuple[_Affine | _Blocks, ...], weights: list, z: Tensor, signs: Tensor
+) -> Callable | None:
+    @functools.partial(torch.compile, fullgraph=True)
+    def compiled(weights: list, z: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+        return _value_and_grad(stages, weights, z, signs)
+
+    def run(weights: list, z: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+        # PyTorch chooses another convolution for fewer images, hence compiles anew.
+        missing = max(0, _FEWEST_ROWS - len(z))
+        if missing:
+            z, signs = F.pad(z, (0, 0, 0, missing)), F.pad(signs, (0, 0, 0, missing))
+        value, grad = compiled(weights, z, signs)
+        return (value[:-missing], grad[:-missing]) if missing else (value, grad)
+
+    torch._dynamo.maybe_mark_dynamic(z, 0)  # one compilation for all numbers of chains
+    torch._dynamo.maybe_mark_dynamic(signs, 0)
+    try:
+        run(weights, z, signs)
+    except Exception as error:  # whatever a missing or broken toolchain raises
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            "torch.compile failed, so the 'rewritten' route takes the place of 'compiled'; "
+            f"is there a C++ compiler? ({type(error).__name__}: {reason})",
+            stacklevel=3,
+        )
+        return None
+    return run
 
 
 class _CudaGraphs:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 __all__ = [
     "CallCounter",
     "all_finite",
+    "argument_validation",
     "effective_sample_size",
     "is_capturing",
     "log_mean_exp",
@@ -30,6 +33,27 @@ def all_finite(x: Tensor) -> bool:
     (True, False)
     """
     return is_capturing() or bool(torch.isfinite(x).all())
+
+
+@contextlib.contextmanager
+def argument_validation(enabled: bool) -> Iterator[None]:
+    """Whether distributions check their arguments meanwhile; afterwards all is as before.
+
+    The checks look at values, which the capture of a CUDA graph forbids.
+
+    :param enabled: ``False`` turns them off; ``True`` leaves them as they are.
+
+    >>> from torch.distributions import Bernoulli
+    >>> with argument_validation(False):
+    ...     Bernoulli(probs=torch.tensor(0.5)).log_prob(torch.tensor(0.5))
+    tensor(-0.6931)
+    """
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(enabled and before)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def log_mean_exp(x: Tensor, dim: int) -> Tensor:

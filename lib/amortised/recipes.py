@@ -16,27 +16,26 @@ and Salakhutdinov (2016) and Tucker et al. (2019) for those of importance-weight
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torch.optim import Adam, Optimizer
 
 from . import amc, data, evaluation, imputation, mcmc
 from .adversarial import Discriminator
 from .ais import sigmoid_schedule
 from .checks import Specification, choice, integer, real
-from .encoders import GaussianEncoder, ImplicitEncoder
-from .fast import LogLikelihoodAndGrad, log_likelihood_and_grad
-from .models import ConvBernoulli, LatentVariableModel
+from .encoders import GaussianEncoder
+from .fast import RefreshedLikelihood
+from .models import ConvBernoulli
+from .numerics import argument_validation
 from .objectives import dreg_surrogate, iwae_bound
 from .training import (
     CudaGraphStep,
@@ -55,7 +54,6 @@ __all__ = [
     "Recipe",
     "Run",
     "amc_row",
-    "argument_validation",
     "imputation_row",
     "vae_row",
 ]
@@ -136,15 +134,9 @@ class Recipe(NamedTuple):
 
 
 ENCODERS = {
-    "gaussian": (GaussianEncoder, {"class": "GaussianEncoder", "latent_dim": LATENT_DIM}),
-    "cnn_g": (
-        partial(ImplicitEncoder, noise="gaussian"),
-        {"class": "ImplicitEncoder", "latent_dim": LATENT_DIM, "noise": "gaussian"},
-    ),
-    "cnn_b": (
-        partial(ImplicitEncoder, noise="bernoulli"),
-        {"class": "ImplicitEncoder", "latent_dim": LATENT_DIM, "noise": "bernoulli"},
-    ),
+    "gaussian": {"class": "GaussianEncoder", "latent_dim": LATENT_DIM},
+    "cnn_g": {"class": "ImplicitEncoder", "latent_dim": LATENT_DIM, "noise": "gaussian"},
+    "cnn_b": {"class": "ImplicitEncoder", "latent_dim": LATENT_DIM, "noise": "bernoulli"},
 }
 DECODER = {"class": "ConvBernoulli", "latent_dim": LATENT_DIM}
 ROLES = ("decoder", "encoder")
@@ -153,7 +145,7 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _on(device: torch.device, module: nn.Module) -> nn.Module:
-    # Channels last: convolutions of these shapes run 1.1 to 1.3 times as fast on a processor.
+    # Channels last: on a processor a step is a few per cent faster (workflow/bench_training.py).
     return module.to(device, memory_format=torch.channels_last)
 
 
@@ -175,20 +167,6 @@ def _adam(run: Run, network: nn.Module, learning_rate: float, **settings: object
         rate = torch.tensor(learning_rate, device=run.device)
         return Adam(network.parameters(), lr=rate, capturable=True, **settings)
     return Adam(network.parameters(), lr=learning_rate, **settings)
-
-
-class _Refreshed:
-    """The fast likelihood of a model under training: made once, then refreshed at each batch."""
-
-    def __init__(self, model: LatentVariableModel, dtype: torch.dtype | None):
-        self.model, self.dtype = model, dtype
-        self.likelihood: LogLikelihoodAndGrad | None = None
-
-    def __call__(self, x: Tensor) -> LogLikelihoodAndGrad:
-        if self.likelihood is None:
-            self.likelihood = log_likelihood_and_grad(self.model, x, dtype=self.dtype)
-            return self.likelihood
-        return self.likelihood.refresh(x)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -251,17 +229,6 @@ def _train(
     if not result.finished:
         raise OutOfTimeError(f"{result.num_steps} of {num_steps} steps of training are done")
     return result
-
-
-@contextlib.contextmanager
-def argument_validation(enabled: bool) -> Iterator[None]:
-    """Whether distributions made meanwhile check their arguments."""
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(enabled and before)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
 
 
 def _history(result: FitResult) -> dict[str, list[float]]:
@@ -370,7 +337,7 @@ def _outcome(
     per_image, seconds = _evaluate(run, decoder, encoder)
     networks = {"decoder": (decoder, DECODER)}
     if encoder is not None:
-        networks["encoder"] = (encoder, ENCODERS[kind][1])
+        networks["encoder"] = (encoder, ENCODERS[kind])
     details |= {
         "steps": training.num_steps,
         "seconds": {"training": round(training.seconds, 2), **seconds},
@@ -405,7 +372,7 @@ def amc_row(run: Run) -> Outcome:
     decoder = _on(run.device, ConvBernoulli(LATENT_DIM))
     encoder = discriminator = chains = None
     if config["encoder"] != "none":
-        encoder = _on(run.device, ENCODERS[config["encoder"]][0](LATENT_DIM))
+        encoder = _on(run.device, evaluation.build_module(ENCODERS[config["encoder"]]))
     is_game = config["method"] == "avb" or config["rule"] in ("gan", "wasserstein")
     if is_game:
         discriminator = _on(run.device, Discriminator(LATENT_DIM))
@@ -436,18 +403,16 @@ def amc_row(run: Run) -> Outcome:
         optimizers,
         indexed=chains is not None,
     )
-    chain_gradients = config["num_steps"] * (
-        config["num_leapfrog_steps"] if config["kernel"] == "hmc" else 1
-    )
+    chain_gradients = config["num_steps"] * config["num_student_samples"]
+    if config["kernel"] == "hmc":
+        chain_gradients *= config["num_leapfrog_steps"]
     return _outcome(
         run,
         decoder,
         encoder,
         config["encoder"],
         result,
-        chain_gradients_per_image=config["epochs"]
-        * chain_gradients
-        * config["num_student_samples"],
+        chain_gradients_per_image=config["epochs"] * chain_gradients,
         chain_bytes=0 if chains is None else chains.num_bytes,
     )
 
@@ -466,7 +431,7 @@ def _amc_step(
         num_steps=config["num_steps"],
         step_size=config["step_size"],
         kernel=kernel,
-        route=_Refreshed(decoder, DTYPES[config["chain_dtype"]]),
+        route=RefreshedLikelihood(decoder, dtype=DTYPES[config["chain_dtype"]]),
     )
     networks = (decoder, encoder, optimizers)
     if config["method"] == "vae":
