@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -585,6 +588,82 @@ def test_full_disk_leaves_the_checkpoint_intact(tmp_path, uninterrupted, monkeyp
         assert caught.value.errno == errno.ENOSPC
     assert checkpoint.read_bytes() == kept
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "c.previous"]
+    run = Run()
+    assert_same(run, uninterrupted[0], run.fit(checkpoint=checkpoint), uninterrupted[1])
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    """Checkpoints of these runs in several parts."""
+    monkeypatch.setattr(training, "MAX_FILE_BYTES", 2000)
+
+
+def parts_of(checkpoint: Path) -> set[str]:
+    return set(json.loads(checkpoint.read_bytes())["parts"])
+
+
+def test_large_checkpoint_lies_in_parts_that_can_be_carried_away(
+    tmp_path, uninterrupted, small_files
+):
+    here, there = tmp_path / "here", tmp_path / "there"
+    partial_run(here / "c")
+    parts = parts_of(here / "c") | parts_of(here / "c.previous")
+    assert len(parts) > 4
+    assert {p.name for p in here.iterdir()} == parts | {"c", "c.previous"}  # and no older ones
+    assert all(p.stat().st_size <= 2000 for p in here.iterdir())
+    shutil.copytree(here, there)
+    run = Run()
+    assert_same(run, uninterrupted[0], run.fit(checkpoint=there / "c"), uninterrupted[1])
+
+
+@pytest.mark.parametrize("how", ["missing", "flipped bit", "last byte missing"])
+def test_damaged_part_falls_back_to_the_checkpoint_before(
+    tmp_path, uninterrupted, small_files, how
+):
+    checkpoint = tmp_path / "c"
+    partial_run(checkpoint)
+    part = tmp_path / min(parts_of(checkpoint))
+    part.unlink() if how == "missing" else damage(part, how)
+    run = Run()
+    with pytest.warns(UserWarning, match=r"c is damaged.*going on from the checkpoint before it"):
+        result = run.fit(checkpoint=checkpoint, checkpoint_every=3)
+    assert run.num_calls == 15 - 3
+    assert_same(run, uninterrupted[0], result, uninterrupted[1])
+    assert {p.name for p in tmp_path.iterdir()} == parts_of(checkpoint) | parts_of(
+        tmp_path / "c.previous"
+    ) | {"c", "c.previous"}
+
+
+def test_any_damage_to_a_list_of_parts_is_noticed(tmp_path, small_files):
+    write_checkpoint(tmp_path / "c", {"state": torch.arange(900.0), "done": 3})
+    good, dice = (tmp_path / "c").read_bytes(), random.Random(0)
+    for _ in range(300):
+        content = bytearray(good)
+        content[dice.randrange(len(good))] ^= 1 << dice.randrange(8)
+        (tmp_path / "c").write_bytes(content[: dice.choice([None, dice.randrange(len(good))])])
+        with pytest.raises(CheckpointError):
+            read_checkpoint(tmp_path / "c")
+    write_checkpoint(tmp_path / "c", {"done": 4})  # whole again; what is left goes
+    assert {p.name for p in tmp_path.iterdir()} == {"c", "c.previous"}
+
+
+@pytest.mark.parametrize("room", range(4))
+def test_disk_that_fills_up_between_parts(tmp_path, uninterrupted, small_files, monkeypatch, room):
+    checkpoint = tmp_path / "c"
+    partial_run(checkpoint)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    fsync, calls = os.fsync, itertools.count()
+
+    def no_space(descriptor):
+        if next(calls) >= room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.os, "fsync", no_space)
+        with pytest.raises(OSError, match=r"cannot write the checkpoint.*No space left"):
+            Run().fit(checkpoint=checkpoint)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     run = Run()
     assert_same(run, uninterrupted[0], run.fit(checkpoint=checkpoint), uninterrupted[1])
 

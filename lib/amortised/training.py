@@ -8,13 +8,15 @@ A run that is stopped at any moment, by ``kill -9`` for instance, and started ag
 arguments ends with the same parameters, to the last bit, as a run that was left alone (on the same
 machine, with deterministic kernels). For this a checkpoint holds everything that the future of a
 run depends on: the state of each named object, the state of the random number generators, and the
-place in the data. It is one safetensors file, tensors and JSON, so that reading it runs no code.
+place in the data. It is in the safetensors format, tensors and JSON, so that reading it runs no
+code.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -53,6 +55,9 @@ __all__ = [
 Step = Callable[..., Mapping[str, Tensor]]
 
 _FORMAT = "1"  # of checkpoints; raise it when a file of before could be misread
+
+MAX_FILE_BYTES = 15_000_000
+"""A checkpoint that is larger lies in several files of at most this size."""
 
 _LOSSES_KEPT_ON_DEVICE = 64  # steps between two transfers of the losses from an accelerator
 
@@ -638,10 +643,11 @@ def _check_same_run(path, saved, settings, layout, total_steps) -> None:
 
 
 def write_checkpoint(path: Path, tree: Mapping[str, object]) -> None:
-    """Write a tree of dictionaries, lists, tensors and plain values as one safetensors file.
+    """Write a tree of dictionaries, lists, tensors and plain values in the safetensors format.
 
     The file appears under its name only when it is complete and on the disk; the file that had the
-    name before is kept as ``.previous``.
+    name before is kept as ``.previous``. What is larger than :data:`MAX_FILE_BYTES` lies in parts
+    beside the file, which then lists them: copy the folder, and everything is there.
 
     :param path: where to write it.
     :param tree: what to write. Keys are strings or integers.
@@ -659,24 +665,56 @@ def write_checkpoint(path: Path, tree: Mapping[str, object]) -> None:
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_flatten(tree, "", tensors))
     tensors = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-    metadata = {"format": _FORMAT, "tree": skeleton, "sha256": _digest(skeleton, tensors)}
+    digest = _digest(skeleton, tensors)
+    content = format_safetensors(tensors, {"format": _FORMAT, "tree": skeleton, "sha256": digest})
+    parts: dict[str, bytes] = {}
+    if len(content) > MAX_FILE_BYTES:
+        for start in range(0, len(content), MAX_FILE_BYTES):
+            name = (
+                f"{path.name}.{digest[:16]}.part{len(parts)}"  # its own, so nothing overwrites it
+            )
+            parts[name] = content[start : start + MAX_FILE_BYTES]
+        content = json.dumps({"parts": list(parts)}).encode()
     temporary = _beside(path, ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(format_safetensors(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
+        for name, part in parts.items():
+            _write_to_disk(path.with_name(name), part)
+        _write_to_disk(temporary, content)
         if path.exists():
             os.replace(path, _beside(path, ".previous"))
         os.replace(temporary, path)
+        _remove_unused_parts(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+            _remove_unused_parts(path)
         raise OSError(
             error.errno or errno.EIO,
             f"cannot write the checkpoint ({error.strerror}); the one before it is intact",
             str(path),
         ) from error
+
+
+def _write_to_disk(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _part_names(content: bytes) -> list[str]:
+    """The files that a checkpoint lists; none where it is whole and begins with a binary number."""
+    return json.loads(content)["parts"] if content.startswith(b'{"parts"') else []
+
+
+def _remove_unused_parts(path: Path) -> None:
+    used: set[str] = set()
+    for head in (path, _beside(path, ".previous")):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # one that is damaged has no parts
+            used.update(_part_names(head.read_bytes()))
+    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part*"):
+        if part.name not in used:
+            part.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> dict | None:
@@ -708,16 +746,29 @@ def read_checkpoint(path: Path) -> dict | None:
     return tree
 
 
+_SIGNS_OF_DAMAGE = (
+    SafetensorError,
+    ValueError,
+    LookupError,
+    TypeError,
+    FileNotFoundError,  # a part is missing, or the list of them is damaged
+    NotADirectoryError,
+)
+
+
 def _parse(path: Path) -> dict:
     content = path.read_bytes()
     try:
+        names = _part_names(content)
+        if names:
+            content = b"".join(path.with_name(name).read_bytes() for name in names)
         tensors = parse_safetensors(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = header["__metadata__"]
         version = metadata["format"]
         skeleton = metadata["tree"]
         intact = metadata["sha256"] == _digest(skeleton, tensors)
-    except (SafetensorError, ValueError, LookupError, TypeError) as error:
+    except _SIGNS_OF_DAMAGE as error:
         raise CheckpointError(f"{path} is damaged, or no checkpoint ({error!r})") from error
     if version != _FORMAT:
         raise CheckpointError(f"{path} has format {version}, this is format {_FORMAT}")
