@@ -1,4 +1,4 @@
-"""Shared by all tests: a fixed seed for each, whatever ran before it."""
+"""Shared by all tests: a fixed seed for each, whatever ran before it, and one thread."""
 
 from functools import cache
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from amortised import data
+
+torch.set_num_threads(1)  # as in the processes that tests start: more threads round otherwise
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,7 @@ from amortised.experiments import (
     run_experiment,
     select,
     state_of,
+    train_together,
 )
 from amortised.training import read_checkpoint
 
@@ -1064,6 +1065,114 @@ def test_rows_of_one_study_can_run_side_by_side(root, workers):
     wait_for(lambda: log.exists() and log.stat().st_size > 2)
     assert main(root.arguments("run", STUDY, "hot", "--seed=0")) == 1  # it diverges, but it ran
     assert root.state(row="hot").word == "failed"
+
+
+# --- seeds trained together ----------------------------------------------------------------------
+
+
+TOGETHER = ("run", "amc_table1", "vae", "--together")
+
+
+@pytest.fixture(scope="module")
+def together(server, tmp_path_factory) -> Root:
+    root = Root(tmp_path_factory.mktemp("together")).write()
+    ended = server(root.arguments(*TOGETHER))
+    assert ended.code == 0, ended
+    names = [f"amc_table1/vae-laptop-seed{seed}" for seed in range(3)]
+    assert f"{', '.join(names)}: trained together\n" in ended.out
+    return root
+
+
+def test_seeds_trained_together_are_results_of_their_own(together, whole):
+    found = [together.result(seed=seed) for seed in range(3)]
+    for seed, (record, _) in enumerate(found):
+        assert together.state(seed=seed).word == "done"
+        assert record["details"]["trained_with_seeds"] == [0, 1, 2]
+        assert record["details"]["steps"] == NUM_STEPS
+        assert record["details"]["cpu_seconds"] is None  # it does not include the training
+        assert record["provenance"]["wall_seconds"] > record["details"]["seconds"]["training"] > 0
+    alone = whole.result().record
+    assert found[0].record["config_hash"] == alone["config_hash"]
+    assert "trained_with_seeds" not in alone["details"]
+    likelihoods = [result.per_image["ais_ll"] for result in found]
+    assert not torch.equal(likelihoods[0], likelihoods[1])
+    # Other noise and another order than alone, but the same amount of the same training
+    mean, alone_mean = (r["metrics"]["ais_ll"]["mean"] for r in (found[0].record, alone))
+    assert abs(mean - alone_mean) < 10.0
+    assert not list(together.places.checkpoints.rglob("*.checkpoint*"))
+    assert not list(together.places.checkpoints.rglob("*seeds*"))
+    assert (
+        together.folder / "data/models/amc_table1/vae-laptop-seed0-decoder.safetensors"
+    ).exists()
+
+
+def test_seeds_trained_together_can_be_stopped(together, root, workers, capsys):
+    slow = COUNTED.format(log=str(root.folder / "steps"), seconds=0.02)
+    stops = 0
+    for attempt in range(1, 30):
+        ended = workers(root.arguments(*TOGETHER, f"--max-minutes={0.006 * attempt}"), slow)
+        if ended.code == 0:
+            break
+        assert ended.code == 3, ended
+        assert "the same command goes on from here" in ended.err.splitlines()[-1]
+        stops += 1
+        if stops == 1:
+            assert [root.state(seed=seed).word for seed in range(3)] == ["partial"] * 3
+    assert stops >= 2
+    assert (root.folder / "steps").stat().st_size == NUM_STEPS  # of all three, none twice
+    for seed in range(3):
+        own, other = root.result(seed=seed), together.result(seed=seed)
+        for name, values in other.per_image.items():
+            assert torch.equal(own.per_image[name], values), name
+    assert main(root.arguments(*TOGETHER)) == 0
+    assert "trained together" not in capsys.readouterr().out
+
+
+def test_a_seed_that_has_begun_alone_goes_on_alone(partial, whole, tmp_path, workers):
+    root = copy_of(partial, tmp_path)
+    assert workers(root.arguments(*TOGETHER)).code == 0
+    own, expected = root.result().per_image, whole.result().per_image
+    assert all(torch.equal(own[name], values) for name, values in expected.items())
+    for seed in (1, 2):
+        assert root.result(seed=seed).record["details"]["trained_with_seeds"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "command", "message"),
+    [
+        ({}, ("run", "amc_imputation", "--together"), "'imputation' trains one seed at a time"),
+        (
+            {f"{STUDY}/common/chain_dtype": "float16"},
+            TOGETHER,
+            "amc_table1/vae: chain_dtype = 'float16' needs a graphics card",
+        ),
+        (
+            {f"{STUDY}/common/num_student_samples": 2},
+            TOGETHER,
+            "one sample of the student for each image; got num_student_samples = 2",
+        ),
+    ],
+)
+def test_what_does_not_train_together_is_refused(root, capsys, changes, command, message):
+    root.write(changes)
+    assert main(root.arguments(*command)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not list(root.folder.rglob("*.checkpoint"))
+
+
+def test_seeds_that_diverge_together_are_named(root, capsys):
+    assert main(root.arguments("run", STUDY, "hot", "--together")) == 1
+    error = capsys.readouterr().err
+    assert "step 2: loss 'loss' is nan" in error
+    assert "one by one, without --together, the seed at fault shows" in error
+    assert root.state(row="hot").word == "partial"
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_trained_together(root):
+    runs = [root.experiment(seed=0), root.experiment(row="hot", seed=1)]
+    with pytest.raises(ExperimentError, match="differ in the seed alone; got amc_table1/vae"):
+        train_together(runs, places=root.places)
 
 
 # --- divergence ----------------------------------------------------------------------------------

@@ -221,8 +221,8 @@ class Begun(Exception):
 def begin(monkeypatch, tmp_path):
     """Networks and optimisers of a row, as they are when its training begins."""
 
-    def train(run, step, networks, optimizers, *, indexed=False):
-        raise Begun(networks, optimizers, indexed)
+    def train(run, step, networks, optimizers, seeds=None):
+        raise Begun(networks, optimizers)
 
     monkeypatch.setattr(recipes, "_train", train)
 
@@ -251,11 +251,11 @@ def test_who_learns_at_which_rate(begin):
         if experiment.recipe != "amc":
             continue
         config = experiment.config
-        networks, optimizers, indexed = begin(experiment)
+        networks, optimizers = begin(experiment)
         is_game = config["method"] == "avb" or config["rule"] in ("gan", "wasserstein")
         expected = {"model"} | ({"encoder"} if config["encoder"] != "none" else set())
         assert optimizers.keys() == expected | ({"discriminator"} if is_game else set()), kind
-        assert indexed == (config["method"] == "persistent") == ("chains" in networks)
+        assert (config["method"] == "persistent") == ("chains" in networks)
         for name, optimizer in optimizers.items():
             (group,) = optimizer.param_groups
             in_game = is_game and name != "model"
@@ -269,7 +269,7 @@ def test_a_chain_has_the_kernel_and_the_steps_of_its_options(monkeypatch):
     monkeypatch.setattr(amc, "teacher_samples", lambda *a, **k: seen.append(k))
     config = experiment.config | {"num_steps": 7, "step_size": 0.25, "num_leapfrog_steps": 3}
     monkeypatch.setattr(amc, "amc_step", lambda *a, teacher, **k: teacher())
-    recipes._amc_step(config, None, None, None, None, {})(None)
+    recipes._amc_step(config, {}, {})(None, None)
     assert (seen[0]["num_steps"], seen[0]["step_size"]) == (7, 0.25)
     assert seen[0]["kernel"].func is mcmc.hmc_step and seen[0]["kernel"].keywords["num_steps"] == 3
 

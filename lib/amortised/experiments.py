@@ -33,6 +33,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ import torch
 import yaml
 
 from . import checks, data, results
-from .recipes import RECIPES, ROLES, Outcome, Run
+from .recipes import RECIPES, ROLES, TOGETHER, Outcome, Run
 from .training import (
     CheckpointLockedError,
     OutOfTimeError,
@@ -65,6 +66,7 @@ __all__ = [
     "run_experiment",
     "select",
     "state_of",
+    "train_together",
 ]
 
 SCALES = ("laptop", "full")
@@ -153,6 +155,11 @@ class Places(NamedTuple):
             | _builds_on(experiment)
         )
         return self.checkpoints / f"{experiment.name}-{digest[:8]}"
+
+    def joint_work(self, experiments: Sequence[Experiment]) -> Path:
+        """The same for runs that train together; they differ in the seed alone."""
+        own, seeds = self.work(experiments[0]), "+".join(str(e.seed) for e in experiments)
+        return own.with_name(own.name.replace(f"-seed{experiments[0].seed}-", f"-seeds{seeds}-"))
 
     def weights(self, experiment: Experiment, role: str) -> Path:
         """Weights stay with the checkpoints, for rows that build on them."""
@@ -293,7 +300,8 @@ def _read_row(
         faults.append(f"{where}.keep: must be a list of {', '.join(ROLES)}; got {keep!r}")
     if len(faults) > found:
         return []
-    _, options, conflict = RECIPES[block["recipe"]]
+    recipe = RECIPES[block["recipe"]]
+    options = recipe.options
     experiments = []
     for scale in scales:
         found = len(faults)
@@ -307,7 +315,7 @@ def _read_row(
                 faults.append(f"{where}: option {key!r} is missing at scale {scale}")
             elif problem := specification(config[key]):
                 faults.append(f"{where}: {key} = {config[key]!r} must be {problem}")
-        if len(faults) == found and (problem := conflict(config)):
+        if len(faults) == found and (problem := recipe.conflict(config)):
             faults.append(f"{where}: {problem}")
         for seed in seeds:
             experiments.append(
@@ -424,7 +432,10 @@ def state_of(experiment: Experiment, places: Places | None = None) -> State:
         )
         if is_current and record["status"] in ("done", "failed"):
             return State(record["status"], record)
-    if _has_checkpoints(places.work(experiment)):
+    work, seed = places.work(experiment), str(experiment.seed)
+    together = work.parent.glob(work.name.replace(f"-seed{seed}-", "-seeds*-"))
+    joint = [folder for folder in together if seed in folder.name.split("-")[-2][5:].split("+")]
+    if any(map(_has_checkpoints, [work, *joint])):
         return State("partial", record, damage)
     return State("missing" if record is None and damage is None else "stale", record, damage)
 
@@ -457,16 +468,12 @@ def run_experiment(
     :raises OSError: when results cannot be written; found out before any work starts.
     """
     places = places or Places.of_the_project()
-    problem = checks.device()(device)
-    if problem:
-        raise ExperimentError(f"device {device!r}: must be {problem}")
+    _check_device(device)
     state = state_of(experiment, places)
     folder = places.work(experiment)
     if state.word == "done" and not again and not _has_checkpoints(folder):
         return state
-    _check_writable(places.results / experiment.study)
-    if experiment.keep and experiment.seed == 0:
-        _check_writable(places.models / experiment.study)
+    _check_places(experiment, places)
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint_lock(folder / "run"):
         state = state_of(experiment, places)  # another process may have ended it just now
@@ -476,15 +483,7 @@ def run_experiment(
         started, cpu_started = time.time(), time.process_time()
         facts = results.provenance(device, started=started)  # of the code as it was read
         is_resumed = _has_checkpoints(folder)
-        run = Run(
-            *experiment[:4],
-            config=experiment.config,
-            device=torch.device(device),
-            folder=folder,
-            stop_at=stop_at,
-            weights_of=partial(_weights_of, experiment, places),
-            progress=progress,
-        )
+        run = _run_of(experiment, places, device, stop_at, progress)
         record = {
             **dict(zip(("study", "row", "scale", "seed"), experiment[:4], strict=True)),
             "config": experiment.config,
@@ -508,6 +507,79 @@ def run_experiment(
         _finish(experiment, places, record, outcome, facts, cpu_seconds)
         _tidy(experiment, places)
     return state_of(experiment, places)
+
+
+def train_together(
+    experiments: Sequence[Experiment],
+    *,
+    device: str = "cpu",
+    stop_at: float = float("inf"),
+    places: Places | None = None,
+    progress: bool = False,
+) -> bool:
+    """Train the seeds of one row as one model, which a graphics card does in less time.
+
+    Afterwards each is ``partial``, and :func:`run_experiment` evaluates it. Its result names the
+    seeds it was trained with: alone it would have had the same options but other random numbers.
+    Seeds that have begun to train alone are left out, and one that is left alone does nothing.
+
+    :param experiments: runs that differ in the seed alone; other arguments and errors as in
+        :func:`run_experiment`.
+    :return: whether there was something to train.
+    :raises ExperimentError: for runs that differ in more, a recipe that trains one seed at a time,
+        or options that it does not train together.
+    :raises NonFiniteError: when the loss of a seed, and with it their mean, is no longer a number.
+    """
+    places = places or Places.of_the_project()
+    _check_device(device)
+    train = RECIPES[experiments[0].recipe].train_together
+    if train is None:
+        raise ExperimentError(
+            f"the recipe {experiments[0].recipe!r} trains one seed at a time; leave out --together"
+        )
+    if len({experiment._replace(seed=0).name for experiment in experiments}) > 1:
+        names = ", ".join(experiment.name for experiment in experiments)
+        raise ExperimentError(f"runs that train together differ in the seed alone; got {names}")
+    runs = [_run_of(e, places, device, stop_at, progress) for e in experiments]
+    runs = [run for run in runs if not (run.folder / "training.checkpoint").exists()]
+    if len(runs) < 2 or all((run.folder / TOGETHER).exists() for run in runs):
+        return False
+    seeds = {run.seed for run in runs}
+    chosen = [experiment for experiment in experiments if experiment.seed in seeds]
+    first, joint_folder = chosen[0], places.joint_work(chosen)
+    for experiment in chosen:
+        _check_places(experiment, places)
+    joint = runs[0]._replace(folder=joint_folder)
+    with contextlib.ExitStack() as stack:
+        for folder in (joint_folder, *(run.folder for run in runs)):
+            stack.enter_context(checkpoint_lock(folder / "run"))
+        try:
+            with _seeded(first.seed, joint.device):
+                train(runs, joint)
+        except ValueError as error:
+            raise ExperimentError(f"{first.study}/{first.row}: {error}") from error
+        shutil.rmtree(joint_folder)
+    return True
+
+
+def _check_device(device: str) -> None:
+    problem = checks.device()(device)
+    if problem:
+        raise ExperimentError(f"device {device!r}: must be {problem}")
+
+
+def _run_of(
+    experiment: Experiment, places: Places, device: str, stop_at: float, progress: bool
+) -> Run:
+    return Run(
+        *experiment[:4],
+        config=experiment.config,
+        device=torch.device(device),
+        folder=places.work(experiment),
+        stop_at=stop_at,
+        weights_of=partial(_weights_of, experiment, places),
+        progress=progress,
+    )
 
 
 def _finish(
@@ -598,6 +670,12 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+def _check_places(experiment: Experiment, places: Places) -> None:
+    _check_writable(places.results / experiment.study)
+    if experiment.keep and experiment.seed == 0:
+        _check_writable(places.models / experiment.study)
+
+
 def _check_writable(folder: Path) -> None:
     """Fail now, not after hours of work, where a result could not be written."""
     probe = folder / ".writable"
@@ -651,6 +729,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, help="default: all seeds")
     run.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
     run.add_argument("--again", action="store_true", help="make runs that are done once more")
+    run.add_argument(
+        "--together", action="store_true", help="train the seeds of a row as one model (GPU)"
+    )
     run.add_argument("--threads", type=int, help="processor threads; default: PyTorch's")
     run.add_argument(
         "--max-minutes", type=float, help="stop at a checkpoint after this time, with exit code 3"
@@ -690,7 +771,45 @@ def _run(studies: Mapping[str, Study], options: argparse.Namespace) -> int:
             raise ExperimentError(f"--threads {options.threads}: must be at least 1")
         torch.set_num_threads(options.threads)
     minutes = float("inf") if options.max_minutes is None else options.max_minutes
-    stop_at = time.monotonic() + 60.0 * minutes
+    settings = {
+        "device": options.device,
+        "stop_at": time.monotonic() + 60.0 * minutes,
+        "places": options.places,
+        "progress": True,
+    }
+    if options.together:
+        return _run_together(chosen, options, settings)
+    return _run_each(chosen, options, settings)
+
+
+def _run_together(chosen: list[Experiment], options: argparse.Namespace, settings: dict) -> int:
+    """Each row in turn: its seeds trained as one model, then evaluated one by one."""
+    code = 0
+    rows = dict.fromkeys((experiment.study, experiment.row) for experiment in chosen)
+    for row in rows:
+        seeds = [experiment for experiment in chosen if experiment[:2] == row]
+        open_ = [
+            experiment
+            for experiment in seeds
+            if options.again or state_of(experiment, options.places).word != "done"
+        ]
+        names = ", ".join(experiment.name for experiment in open_)
+        try:
+            if open_ and train_together(open_, **settings):
+                print(f"{names}: trained together", flush=True)
+        except OutOfTimeError as error:
+            return _out_of_time(names, error)
+        except FloatingPointError as error:
+            why = f"{names}: {error}; one by one, without --together, the seed at fault shows"
+            code = _stop(why, EXIT_FAILED)
+            continue
+        code = _run_each(seeds, options, settings) or code
+        if code == EXIT_OUT_OF_TIME:
+            return code
+    return code
+
+
+def _run_each(chosen: list[Experiment], options: argparse.Namespace, settings: dict) -> int:
     failed = []
     for experiment in chosen:
         try:
@@ -698,23 +817,17 @@ def _run(studies: Mapping[str, Study], options: argparse.Namespace) -> int:
             if before.word != "done" or options.again:
                 note = f" ({before.damage})" if before.damage else ""
                 print(f"{experiment.name}: {before.word}, running{note}", flush=True)
-            state = run_experiment(
-                experiment,
-                device=options.device,
-                stop_at=stop_at,
-                places=options.places,
-                again=options.again,
-                progress=True,
-            )
+            state = run_experiment(experiment, again=options.again, **settings)
         except OutOfTimeError as error:
-            return _stop(
-                f"{experiment.name}: {error}; the same command goes on from here",
-                EXIT_OUT_OF_TIME,
-            )
+            return _out_of_time(experiment.name, error)
         print(f"{experiment.name}: {state.word}, {_cost(state.record).strip()}", flush=True)
         if state.word == "failed":
             failed.append(experiment.name)
     return _stop(f"failed: {', '.join(failed)}", EXIT_FAILED) if failed else 0
+
+
+def _out_of_time(names: str, error: OutOfTimeError) -> int:
+    return _stop(f"{names}: {error}; the same command goes on from here", EXIT_OUT_OF_TIME)
 
 
 def _stop(message: str, code: int) -> int:

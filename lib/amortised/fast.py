@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from .models import BernoulliDecoder, LatentVariableModel
 from .numerics import argument_validation, is_capturing, value_and_grad
+from .side_by_side import BlockDecoder
 
 __all__ = ["ROUTES", "LogLikelihoodAndGrad", "RefreshedLikelihood", "log_likelihood_and_grad"]
 
@@ -70,7 +71,8 @@ def log_likelihood_and_grad(
 
     Routes other than ``eager`` cover :class:`~amortised.models.BernoulliDecoder` with a decoder
     built as ``nn.Sequential`` of ``Linear``, ``ReLU``, ``Unflatten``, ``ConvTranspose2d`` and
-    ``Flatten``.
+    ``Flatten``. Of a :class:`~amortised.side_by_side.BlockDecoder`, ``dense`` runs all members in
+    one batched product a layer, with one chain for each observation; the others do not cover it.
 
     **Low precision.** ``dtype=torch.bfloat16`` (or float16) stores weights and activations in that
     type; positions, momenta and the sum over pixels stay in the model's type. It is for the
@@ -285,6 +287,14 @@ class LogLikelihoodAndGrad:
                 "the model's weights changed since this callable packed them; call its refresh()"
             )
         flat = z.detach().reshape(-1, latent_dim)
+        if isinstance(self._model, BlockDecoder) and self._pack is not None:
+            if len(flat) > num_images:  # the blocks of rows would be torn apart
+                raise ValueError(
+                    "models side by side take one chain for each observation on this route; got "
+                    f"{len(flat) // num_images} (use route='eager')"
+                )
+            yield slice(None), flat, torch.arange(num_images, device=z.device)
+            return
         num_chunks = math.ceil(len(flat) / self.chunk_size)
         num_chunks = min(num_chunks, max(1, len(flat) // _FEWEST_ROWS))
         for i in range(num_chunks):
@@ -323,9 +333,10 @@ class RefreshedLikelihood:
 
 
 def _is_bernoulli(model: LatentVariableModel) -> bool:
-    """Whether the likelihood is that of ``BernoulliDecoder``, not overridden by a subclass."""
-    return isinstance(model, BernoulliDecoder) and all(
-        getattr(type(model), name) is getattr(BernoulliDecoder, name)
+    """Whether the likelihood is one that we know, not overridden by a subclass."""
+    known = BlockDecoder if isinstance(model, BlockDecoder) else BernoulliDecoder
+    return isinstance(model, known) and all(
+        getattr(type(model), name) is getattr(known, name)
         for name in ("logits", "likelihood", "log_likelihood")
     )
 
@@ -355,6 +366,12 @@ class _Affine(NamedTuple):
     relu: bool
 
 
+class _BlockAffine(NamedTuple):
+    """The same for S networks, each with its own block of rows; W is ``[S, out, in]``."""
+
+    relu: bool
+
+
 class _Blocks(NamedTuple):
     """A transposed convolution as a convolution over blocks, on flattened channels-last images.
 
@@ -376,8 +393,11 @@ class _Blocks(NamedTuple):
         return -(-self.out_shape[1] // self.block), -(-self.out_shape[2] // self.block)
 
 
+_Stage = _Affine | _BlockAffine | _Blocks
+
+
 def _value_and_grad(
-    stages: tuple[_Affine | _Blocks, ...], weights: list, z: Tensor, signs: Tensor
+    stages: tuple[_Stage, ...], weights: list, z: Tensor, signs: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Log-likelihood and gradient for z ``[N, D]`` and pixels ``2 x - 1``, ``[N, P]``."""
     activations = _forward(stages, weights, z)
@@ -391,22 +411,25 @@ def _value_and_grad(
     return value, grad.to(z.dtype)
 
 
-def _value(
-    stages: tuple[_Affine | _Blocks, ...], weights: list, z: Tensor, signs: Tensor
-) -> Tensor:
+def _value(stages: tuple[_Stage, ...], weights: list, z: Tensor, signs: Tensor) -> Tensor:
     logits = _forward(stages, weights, z)[-1].to(signs.dtype)
     return F.logsigmoid(logits.mul_(signs)).sum(-1)
 
 
-def _forward(stages: tuple[_Affine | _Blocks, ...], weights: list, z: Tensor) -> list[Tensor]:
+def _forward(stages: tuple[_Stage, ...], weights: list, z: Tensor) -> list[Tensor]:
     """The output of each stage, flattened to ``[N, features]``."""
     outputs, a = [], z.to(weights[0][0].dtype)
     for stage, packed in zip(stages, weights, strict=True):
-        if isinstance(stage, _Affine):
-            a = F.linear(a, *packed)
-            a = a.relu_() if stage.relu else a
-        else:
+        if isinstance(stage, _Blocks):
             a = _forward_blocks(stage, packed, a)
+        else:
+            if isinstance(stage, _Affine):
+                a = F.linear(a, *packed)
+            else:
+                weight, bias = packed
+                blocks = a.view(len(weight), -1, a.shape[-1])
+                a = torch.baddbmm(bias.unsqueeze(1), blocks, weight.mT).flatten(0, 1)
+            a = a.relu_() if stage.relu else a
         outputs.append(a)
     return outputs
 
@@ -433,10 +456,12 @@ def _forward_blocks(stage: _Blocks, packed: tuple[Tensor, Tensor, Tensor], a: Te
     return y.reshape(len(a), -1)
 
 
-def _backward(stage: _Affine | _Blocks, packed: tuple[Tensor, ...], grad: Tensor) -> Tensor:
+def _backward(stage: _Stage, packed: tuple[Tensor, ...], grad: Tensor) -> Tensor:
     """From the gradient in a stage's output, before activation, to that in its input."""
     if isinstance(stage, _Affine):
         return grad @ packed[0]
+    if isinstance(stage, _BlockAffine):
+        return (grad.view(len(packed[0]), -1, grad.shape[-1]) @ packed[0]).flatten(0, 1)
     channels, height, width = stage.out_shape
     if stage.keep_blocks:
         blocks = grad.view(-1, *stage.num_blocks, stage.block, stage.block, channels)
@@ -461,7 +486,7 @@ class _Layer(NamedTuple):
 class _Network(NamedTuple):
     """Stages, the order in which they leave the pixels, and a function that packs the weights."""
 
-    stages: tuple[_Affine | _Blocks, ...]
+    stages: tuple[_Stage, ...]
     order: Tensor
     pack: Callable[[], list[tuple[Tensor, ...]]]
 
@@ -472,8 +497,11 @@ def _network(model: LatentVariableModel, dense: bool) -> _Network:
         raise ValueError(
             f"only a BernoulliDecoder has routes other than 'eager'; got {type(model).__name__}"
         )
-    layers = _layers(model)
-    return _dense_network(layers) if dense else _rewritten_network(layers)
+    if not isinstance(model, BlockDecoder):
+        return _dense_network(_layers(model)) if dense else _rewritten_network(_layers(model))
+    if not dense:
+        raise ValueError("models side by side have the routes 'dense' and 'eager'")
+    return _side_by_side_network([_dense_network(_layers(decoder)) for decoder in model.decoder])
 
 
 def _layers(model: BernoulliDecoder) -> list[_Layer]:
@@ -537,13 +565,24 @@ def _dense_network(layers: list[_Layer]) -> _Network:
     return _Network(stages, order, lambda: [pack(layer) for layer in layers])
 
 
+def _side_by_side_network(networks: list[_Network]) -> _Network:
+    """Dense networks of one shape as one, with batched products."""
+
+    def pack() -> list[tuple[Tensor, ...]]:
+        layers = zip(*(network.pack() for network in networks), strict=True)
+        return [tuple(map(torch.stack, zip(*layer, strict=True))) for layer in layers]
+
+    stages = tuple(_BlockAffine(stage.relu) for stage in networks[0].stages)
+    return _Network(stages, networks[0].order, pack)
+
+
 def _rewritten_network(layers: list[_Layer]) -> _Network:
     """Linear layers, and transposed convolutions over blocks on channels-last images.
 
     ``order`` maps positions of our flattened activations to those of the model. Where a linear
     layer meets an image, its weights absorb the change of order.
     """
-    stages: list[_Affine | _Blocks] = []
+    stages: list[_Stage] = []
     packers: list[Callable[[], tuple[Tensor, ...]]] = []
     order = torch.arange(math.prod(layers[0].in_shape))
     for layer, following in itertools.zip_longest(layers, layers[1:]):
@@ -632,7 +671,7 @@ _COMPILED: dict[tuple, Callable | None] = {}
 
 
 def _compile(
-    stages: tuple[_Affine | _Blocks, ...], weights: list, z: Tensor, signs: Tensor
+    stages: tuple[_Stage, ...], weights: list, z: Tensor, signs: Tensor
 ) -> Callable | None:
     """The compiled function, or None, with one warning, where PyTorch cannot compile."""
     key = (stages, weights[0][0].dtype, z.dtype, z.device)
@@ -644,7 +683,7 @@ def _compile(
 
 
 def _try_to_compile(
-    stages: tuple[_Affine | _Blocks, ...], weights: list, z: Tensor, signs: Tensor
+    stages: tuple[_Stage, ...], weights: list, z: Tensor, signs: Tensor
 ) -> Callable | None:
     @functools.partial(torch.compile, fullgraph=True)
     def compiled(weights: list, z: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:

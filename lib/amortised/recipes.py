@@ -16,10 +16,11 @@ and Salakhutdinov (2016) and Tucker et al. (2019) for those of importance-weight
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,7 @@ from .fast import RefreshedLikelihood
 from .models import ConvBernoulli
 from .numerics import argument_validation
 from .objectives import dreg_surrogate, iwae_bound
+from .side_by_side import side_by_side
 from .training import (
     CudaGraphStep,
     FitResult,
@@ -123,11 +125,14 @@ class Recipe(NamedTuple):
     :ivar function: does the work.
     :ivar options: for each option the check of its value.
     :ivar conflict: says what is wrong with options that are right one by one, or None.
+    :ivar train_together: trains runs that differ in the seed alone as one model, and leaves each
+        what it needs to go on; or None.
     """
 
     function: Callable[[Run], Outcome]
     options: dict[str, Specification]
     conflict: Callable[[Mapping[str, object]], str | None] = lambda config: None
+    train_together: Callable[[Sequence[Run], Run], None] | None = None
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -139,6 +144,7 @@ ENCODERS = {
     "cnn_b": {"class": "ImplicitEncoder", "latent_dim": LATENT_DIM, "noise": "bernoulli"},
 }
 DECODER = {"class": "ConvBernoulli", "latent_dim": LATENT_DIM}
+TOGETHER = "together.checkpoint"  # networks of a run that were trained with those of other seeds
 ROLES = ("decoder", "encoder")
 """Names of the networks of an :class:`Outcome`."""
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -162,7 +168,7 @@ def _round_to_half(*networks: nn.Module | None) -> None:
 
 
 def _adam(run: Run, network: nn.Module, learning_rate: float, **settings: object) -> Adam:
-    """Adam, on a GPU in the form that a CUDA graph can hold."""
+    """Adam, on a graphics card in the form that a CUDA graph can hold."""
     if run.device.type == "cuda":
         rate = torch.tensor(learning_rate, device=run.device)
         return Adam(network.parameters(), lr=rate, capturable=True, **settings)
@@ -177,23 +183,30 @@ def _train(
     step: Callable[..., dict[str, Tensor]],
     networks: Mapping[str, nn.Module],
     optimizers: Mapping[str, Optimizer],
-    *,
-    indexed: bool = False,
+    seeds: Sequence[int] | None = None,
 ) -> FitResult:
-    """Call ``step(x)`` on binarised minibatches, all learning rates falling along half a cosine.
+    """Call ``step(x, index)`` on binarised minibatches and the numbers of their images.
 
-    With ``indexed`` the step is ``step(x, index)`` and knows which images it sees.
+    All learning rates fall along half a cosine. With ``seeds`` the batch has a block for each of
+    them: block s sees the images in an order of its own and numbers them from s N.
     """
     epochs, batch_size = run.config["epochs"], run.config["batch_size"]
     levels = data.load_mnist("train", dtype=torch.uint8).images[: run.config["training_images"]]
     levels = levels.to(run.device)
+    numbers = torch.arange(len(levels), device=run.device)
+    orders = numbers.unsqueeze(0)
+    if seeds is not None:
+        orders = torch.stack([_order_of(seed, len(levels)) for seed in seeds]).to(run.device)
+    first = len(levels) * torch.arange(len(orders), device=run.device).unsqueeze(1)
     num_steps = epochs * (len(levels) // batch_size)
     schedulers = {
         name: cosine_decay(optimizer, num_steps) for name, optimizer in optimizers.items()
     }
 
-    def plain_update(batch: Tensor, *index: Tensor) -> dict[str, Tensor]:
-        return step(data.binarise(batch), *index)
+    def plain_update(batch: Tensor) -> dict[str, Tensor]:
+        chosen = orders[:, batch]
+        x = data.binarise(levels[chosen.flatten()])
+        return step(x, (first + chosen).flatten())
 
     changed = {
         **networks,
@@ -203,8 +216,8 @@ def _train(
     if run.device.type == "cuda":
         update = CudaGraphStep(plain_update, changed)
 
-    def scheduled_step(*batch: Tensor) -> dict[str, Tensor]:
-        losses = update(*batch)
+    def scheduled_step(batch: Tensor) -> dict[str, Tensor]:
+        losses = update(batch)
         for scheduler in schedulers.values():
             scheduler.step()
         return losses
@@ -214,7 +227,7 @@ def _train(
     with argument_validation(False):
         result = fit(
             scheduled_step,
-            (levels, torch.arange(len(levels), device=run.device)) if indexed else levels,
+            numbers,
             epochs=epochs,
             batch_size=batch_size,
             state={
@@ -223,12 +236,17 @@ def _train(
             },
             generator=torch.Generator().manual_seed(run.seed),
             checkpoint_every=max(1, num_steps // 20),
-            config={**run.config, "seed": run.seed},
+            config={**run.config, "seed": run.seed if seeds is None else list(seeds)},
             **run.stage("training"),
         )
     if not result.finished:
         raise OutOfTimeError(f"{result.num_steps} of {num_steps} steps of training are done")
     return result
+
+
+def _order_of(seed: int, num_images: int) -> Tensor:
+    """The images shuffled, so that one minibatch of positions is of other images for each seed."""
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
 
 
 def _history(result: FitResult) -> dict[str, list[float]]:
@@ -368,59 +386,146 @@ def amc_row(run: Run) -> Outcome:
 
     :param run: its options are those of ``RECIPES["amc"]``.
     """
-    config = run.config
-    decoder = _on(run.device, ConvBernoulli(LATENT_DIM))
-    encoder = discriminator = chains = None
-    if config["encoder"] != "none":
-        encoder = _on(run.device, evaluation.build_module(ENCODERS[config["encoder"]]))
-    is_game = config["method"] == "avb" or config["rule"] in ("gan", "wasserstein")
-    if is_game:
-        discriminator = _on(run.device, Discriminator(LATENT_DIM))
-    if config["method"] == "persistent":
-        chains = amc.PersistentChains(config["training_images"], LATENT_DIM).to(run.device)
-
-    optimizers = {"model": _adam(run, decoder, config["learning_rate"])}
-    game = {"learning_rate": config["game_learning_rate"], "betas": (0.5, 0.999)}
-    if encoder is not None:
-        settings = game if is_game else {"learning_rate": config["learning_rate"]}
-        optimizers["encoder"] = _adam(run, encoder, **settings)
-    if discriminator is not None:
-        optimizers["discriminator"] = _adam(run, discriminator, **game)
-
-    result = _train(
-        run,
-        _amc_step(config, decoder, encoder, discriminator, chains, optimizers),
-        {
-            name: thing
-            for name, thing in (
-                ("decoder", decoder),
-                ("encoder", encoder),
-                ("discriminator", discriminator),
-                ("chains", chains),
-            )
-            if thing is not None
-        },
-        optimizers,
-        indexed=chains is not None,
-    )
+    config, details = run.config, {}
+    networks = _amc_networks(run)
+    found = _found_together(run, networks)
+    if found is None:
+        training = _amc_training(run, networks)
+    else:
+        training, details["trained_with_seeds"] = found
     chain_gradients = config["num_steps"] * config["num_student_samples"]
     if config["kernel"] == "hmc":
         chain_gradients *= config["num_leapfrog_steps"]
+    chains = networks.get("chains")
     return _outcome(
         run,
-        decoder,
-        encoder,
+        networks["decoder"],
+        networks.get("encoder"),
         config["encoder"],
-        result,
+        training,
         chain_gradients_per_image=config["epochs"] * chain_gradients,
         chain_bytes=0 if chains is None else chains.num_bytes,
+        **details,
     )
 
 
+def _amc_networks(run: Run) -> dict[str, nn.Module]:
+    """The networks of a row by name, those it has, drawn from the global stream."""
+    config = run.config
+    networks: dict[str, nn.Module] = {"decoder": _on(run.device, ConvBernoulli(LATENT_DIM))}
+    if config["encoder"] != "none":
+        encoder = evaluation.build_module(ENCODERS[config["encoder"]])
+        networks["encoder"] = _on(run.device, encoder)
+    if _is_game(config):
+        networks["discriminator"] = _on(run.device, Discriminator(LATENT_DIM))
+    if config["method"] == "persistent":
+        chains = amc.PersistentChains(config["training_images"], LATENT_DIM)
+        networks["chains"] = chains.to(run.device)
+    return networks
+
+
+def _is_game(config: Mapping) -> bool:
+    return config["method"] == "avb" or config["rule"] in ("gan", "wasserstein")
+
+
+def _amc_training(
+    run: Run, networks: Mapping[str, nn.Module], seeds: Sequence[int] | None = None
+) -> FitResult:
+    """Train networks of one seed, or those of several side by side."""
+    config = run.config
+    # The loss is a mean over the blocks of all seeds, see `side_by_side`.
+    epsilon = 1e-8 / (1 if seeds is None else len(seeds))
+    game = {"learning_rate": config["game_learning_rate"], "betas": (0.5, 0.999)}
+    alone = {"learning_rate": config["learning_rate"]}
+    settings = {
+        "decoder": alone,
+        "encoder": game if _is_game(config) else alone,
+        "discriminator": game,
+    }
+    optimizers = {
+        "model" if name == "decoder" else name: _adam(
+            run, networks[name], eps=epsilon, **settings[name]
+        )
+        for name in settings
+        if name in networks
+    }
+    step = _amc_step(config, networks, optimizers)
+    return _train(run, step, networks, optimizers, seeds)
+
+
+def train_amc_together(runs: Sequence[Run], joint: Run) -> None:
+    r"""Train a row for several seeds as one model, which a graphics card does in less time.
+
+    Each seed starts from the networks it would start from alone, visits the images in an order of
+    its own, and draws noise of its own, though not the noise that it would draw alone. The history
+    of a loss is the mean over the seeds.
+
+    :param runs: the runs, which differ in the seed alone. Each is left its networks, so that
+        :func:`amc_row` goes on to evaluate them.
+    :param joint: a run with a folder of its own, for the checkpoints of all together.
+    :raises ValueError: for several samples of the student, or a low precision on a processor.
+    """
+    config, seeds = joint.config, [run.seed for run in runs]
+    if config["num_student_samples"] > 1:
+        raise ValueError(
+            "seeds train together with one sample of the student for each image; got "
+            f"num_student_samples = {config['num_student_samples']}"
+        )
+    if joint.device.type == "cpu" and config["chain_dtype"] != "float32":
+        raise ValueError(
+            f"chain_dtype = {config['chain_dtype']!r} needs a graphics card when seeds train "
+            "together; on a processor train them one by one"
+        )
+    members = []
+    for run in runs:
+        torch.manual_seed(run.seed)
+        members.append(_amc_networks(run))
+    result = _amc_training(joint, _side_by_side(members), seeds)
+    for run, member in zip(runs, members, strict=True):
+        write_checkpoint(
+            run.folder / TOGETHER,
+            {
+                "networks": {
+                    name: network.state_dict() for name, network in member.items() if name in ROLES
+                },
+                "result": {k: v for k, v in result._asdict().items() if k != "seconds"},
+                "seconds": result.seconds / len(seeds),  # the share of one
+                "seeds": seeds,
+            },
+        )
+
+
+def _side_by_side(members: Sequence[Mapping[str, nn.Module]]) -> dict[str, nn.Module]:
+    """The networks of several seeds as those of one; tables of chains one behind the other."""
+    joint: dict[str, nn.Module] = {}
+    for name, first in members[0].items():
+        if isinstance(first, amc.PersistentChains):
+            joint[name] = copy.deepcopy(first)
+            joint[name].z = torch.cat([member[name].z for member in members], dim=1)
+        else:
+            joint[name] = side_by_side([member[name] for member in members])
+    return joint
+
+
+def _found_together(
+    run: Run, networks: Mapping[str, nn.Module]
+) -> tuple[FitResult, list[int]] | None:
+    """What training with other seeds has left this run, and the seeds; the networks are loaded."""
+    found = read_checkpoint(run.folder / TOGETHER)
+    if found is None:
+        return None
+    for name, weights in found["networks"].items():
+        networks[name].load_state_dict(weights)
+    return FitResult(**found["result"], seconds=found["seconds"]), found["seeds"]
+
+
 def _amc_step(
-    config: Mapping, decoder, encoder, discriminator, chains, optimizers
+    config: Mapping, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
 ) -> Callable[..., dict[str, Tensor]]:
-    """The training step of a row, as a function of binary images (and their numbers)."""
+    """The training step of a row, as a function of binary images and their numbers."""
+    decoder, encoder, discriminator, chains = (
+        networks.get(name) for name in ("decoder", "encoder", "discriminator", "chains")
+    )
     num_samples = config["num_student_samples"]
     kernel = KERNELS[config["kernel"]]
     if config["kernel"] == "hmc":
@@ -433,22 +538,22 @@ def _amc_step(
         kernel=kernel,
         route=RefreshedLikelihood(decoder, dtype=DTYPES[config["chain_dtype"]]),
     )
-    networks = (decoder, encoder, optimizers)
+    parts = (decoder, encoder, optimizers)
     if config["method"] == "vae":
-        return lambda x: amc.vae_step(x, *networks, num_samples=num_samples)
+        return lambda x, _: amc.vae_step(x, *parts, num_samples=num_samples)
     if config["method"] == "mcmc_vi":
-        return lambda x: amc.mcmc_vi_step(x, *networks, teacher=teacher, num_samples=num_samples)
+        return lambda x, _: amc.mcmc_vi_step(x, *parts, teacher=teacher, num_samples=num_samples)
     if config["method"] == "avb":
-        return lambda x: amc.avb_step(
-            x, *networks, discriminator=discriminator, num_samples=num_samples
+        return lambda x, _: amc.avb_step(
+            x, *parts, discriminator=discriminator, num_samples=num_samples
         )
     if config["method"] == "persistent":
         return lambda x, index: amc.persistent_step(
             x, index, decoder, chains, optimizers, teacher=teacher
         )
-    return lambda x: amc.amc_step(
+    return lambda x, _: amc.amc_step(
         x,
-        *networks,
+        *parts,
         teacher=teacher,
         rule=config["rule"],
         discriminator=discriminator,
@@ -503,7 +608,7 @@ def vae_row(run: Run) -> Outcome:
         "encoder": _adam(run, encoder, config["learning_rate"]),
     }
 
-    def step(x: Tensor) -> dict[str, Tensor]:
+    def step(x: Tensor, index: Tensor) -> dict[str, Tensor]:
         if objective == "elbo":
             return amc.vae_step(x, decoder, encoder, optimizers, num_samples=num_samples)
         q = encoder(x)
@@ -607,6 +712,7 @@ RECIPES: dict[str, Recipe] = {
             **_EVALUATION_OPTIONS,
         },
         _amc_conflict,
+        train_amc_together,
     ),
     "vae": Recipe(
         vae_row,
