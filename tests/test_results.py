@@ -3,6 +3,7 @@
 import csv
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from amortised import data, results
+from amortised import data, imputation, results, tables
 from amortised.experiments import load_studies, select
 from amortised.results import Estimate, ResultError
 
@@ -144,6 +145,40 @@ def test_the_figures_of_the_tables_follow_from_the_values_per_image():
             assert place["dtype"] == "F32" and place["shape"] == [n] and stated["n"] == n
             assert stated["mean"] == pytest.approx(mean, rel=1e-12, abs=1e-12), (name, metric)
             assert stated["se"] == pytest.approx(se, rel=1e-9, abs=1e-12), (name, metric)
+
+
+def lead(study, row, baseline, metric="ais_ll"):
+    """Mean difference over the same images and seeds, in units of its larger standard error."""
+    difference, _ = tables.paired(tables.load_study(study, "laptop"), row, baseline, metric)
+    return difference.mean / max(difference.image_se, difference.seed_se)
+
+
+def test_what_chapter_1_says_of_recorded_runs_is_so():
+    assert lead("vae_recap", "iwae_5", "vae") > 2 and lead("vae_recap", "dreg_5", "vae") > 2
+    assert abs(lead("vae_recap", "dreg_5", "iwae_5")) < 2
+    recorded = tables.load_study("vae_recap", "laptop")
+    difference, by_seed = tables.paired(recorded, "dreg_5", "iwae_5", "ais_ll")
+    assert difference.mean > 2 * difference.image_se
+    assert len({estimate.mean > 0 for estimate in by_seed}) == 2
+
+
+def test_what_chapter_5_says_of_recorded_runs_is_so():
+    recorded = tables.load_study("amc_table1", "laptop")
+    assert {len(runs) for runs in recorded.values()} == {3}
+    assert sum(lead("amc_table1", row, "vae") > 0 for row in recorded if row != "vae") > 7
+    assert lead("amc_table1", "persistent_t50", "amc_cnn_g_t50") > 2
+    for row, runs in recorded.items():
+        gap = tables.pool([run.per_image["simulated_gap"] for run in runs]).mean
+        assert (gap > 3) == row.endswith("t50"), (row, gap)
+    recorded = tables.load_study("amc_imputation", "laptop")
+    assert {row: len(runs) for row, runs in recorded.items()} == dict.fromkeys(recorded, 3)
+    for row, kind, score in itertools.product(
+        recorded.keys() - {"vae"}, imputation.MASKS, ("label_entropy", "l1")
+    ):
+        own, reference = f"{kind}_{score}", f"reference_{kind}_{score}"
+        values = [run.per_image for run in recorded[row]]
+        excess = tables.pool([v[own] - v[reference] for v in values])
+        assert excess.mean > 2 * max(excess.image_se, excess.seed_se), (row, own, excess)
 
 
 def test_committed_results_belong_to_the_images_they_claim():
