@@ -12,7 +12,7 @@ PROFILE ?= local
 GRAPH := $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/$(PROFILE)
 SNAKEMAKE := $(BIN)/python workflow/locked.py .cache/build.lock $(GRAPH)
 STUDIES = $(BIN)/python workflow/locked.py .cache/studies.lock $(GRAPH) experiments $(OPTIONS) \
-	--config study=$(STUDY) row=$(ROW) seed=$(SEED) device=$(DEVICE)
+	--config study=$(STUDY) row=$(ROW) seed=$(SEED) device=$(DEVICE) together=$(TOGETHER)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 NB ?= $(basename $(notdir $(wildcard notebooks/[0-9]*.py)))
 
@@ -54,9 +54,8 @@ smoke: environment ## execute the chapters with params/*.smoke.yaml, into book/_
 laptop: environment ## train and evaluate what is missing or stale at laptop scale; STUDY= ROW= SEED=
 	@$(STUDIES) scale=laptop
 
-full: environment ## the same at full scale, on DEVICE=cuda; PROFILE=slurm for a cluster
+full: environment ## the same at full scale, DEVICE=cuda; TOGETHER=1 seeds as one, PROFILE=slurm
 	@$(STUDIES) scale=full
-
 
 coursework: environment ## copies of the chapters without the solutions, in book/_build/coursework
 	@$(BIN)/python workflow/coursework.py book/_build/coursework

@@ -699,7 +699,7 @@ for kind, mask in masks.items():
     filled[kind, "reference"] = drawn_long.x
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-imputation", "caption": "Two test digits with four masks. Grey: observed. Orange: five imputations by the encoder of each row, {eq}`eq-amc-impute`, and by long chains in the CNN-G row's decoder. First column of each digit: what was covered, in full."}, "image": {"alt": "Four blocks of four rows. In each row two groups of a complete digit and five completions of it; grey parts agree within a block, orange parts differ from copy to copy."}}
-names, zero = {"vae": "VAE", "cnn_g": "CNN-G", "cnn_b": "CNN-B", "reference": "reference"}, 0 * x[0]
+names = {"vae": "VAE", "cnn_g": "CNN-G", "cnn_b": "CNN-B", "reference": "reference"}
 figure, panels = plt.subplots(4, 1, figsize=(6.0, 7.4))
 for panel, (kind, mask) in zip(panels, masks.items(), strict=True):
     shown = torch.stack([torch.cat([x[None], filled[kind, name]]) for name in names])

@@ -380,12 +380,12 @@ def test_studies_are_made_as_one_graph(tmp_path):
     command = [
         *(sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile"),
         *("--profile", "workflow/profiles/local", "--quiet", "rules", "--cores", "2"),
-        *("experiments", "--config", "scale=laptop", f"file={file}", f"root={tmp_path}", "seed=0"),
+        *("experiments", "--config", "scale=laptop", f"file={file}", f"root={tmp_path}"),
     ]
 
-    def make(study: str, row: str) -> tuple[int, str]:
+    def make(study: str, row: str, seed: str = "0", together: str = "") -> tuple[int, str]:
         done = subprocess.run(
-            [*command, f"study={study}", f"row={row}"],
+            [*command, f"study={study}", f"row={row}", f"seed={seed}", f"together={together}"],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
@@ -401,6 +401,12 @@ def test_studies_are_made_as_one_graph(tmp_path):
     for run in (imputed, imputed.needs):
         assert experiments.state_of(run, places).word == "done"
     assert "running" not in make("amc_imputation", imputed.row)[1]  # nothing left to do
+
+    code, output = make("amc_table1", "vae", seed="", together="1")
+    assert code == 0, output
+    for run in experiments.select(studies, "amc_table1", "vae", scale="laptop"):
+        record = experiments.state_of(run, places).record
+        assert record["details"].get("trained_with_seeds") == ([1, 2] if run.seed else None)
 
     code, output = make("amc_table1", "hot")  # it diverges
     assert code != 0

@@ -5,6 +5,8 @@ done, stale or missing is for amortised.experiments to say; file times mean noth
 output is a marker beside its checkpoints, never the result itself: Snakemake removes the outputs of
 a job before it runs, and a result must stay until its successor is complete. For the same reason no
 checkpoint is an output, so that a job that failed or was killed goes on from its own.
+
+With `together` the seeds of a row that can be trained as one model are one job.
 """
 
 import os
@@ -17,6 +19,7 @@ STUDY, ROW, SEED, FILE, ROOT = (
     None if config.get(name, "") == "" else config[name]
     for name in ("study", "row", "seed", "file", "root")
 )
+TOGETHER = bool(config.get("together")) and SEED is None
 PLACES = engine.Places.below(Path(ROOT)) if ROOT else engine.Places.of_the_project()
 try:
     STUDIES = engine.load_studies(FILE)
@@ -25,8 +28,17 @@ except ValueError as error:
     sys.exit(str(error))  # a WorkflowError would say nothing under `quiet`
 
 
+def job_of(experiment):
+    """The runs that are made in one job with this one, itself included."""
+    if not TOGETHER or engine.RECIPES[experiment.recipe].train_together is None:
+        return [experiment]
+    return engine.select(STUDIES, experiment.study, experiment.row, scale=SCALE)
+
+
 def marker(experiment):
-    return f"{os.path.relpath(PLACES.work(experiment))}.done"
+    job = job_of(experiment)
+    work = PLACES.work(experiment) if len(job) == 1 else PLACES.joint_work(job)
+    return f"{os.path.relpath(work)}.done"
 
 
 def is_ready(experiment):
@@ -35,14 +47,17 @@ def is_ready(experiment):
 
 
 ALL = {marker(experiment): experiment for experiment in engine.select(STUDIES, scale=SCALE)}
-JOBS = {}
+JOBS, AGAIN = {}, set()
 for experiment in CHOSEN:
     if engine.state_of(experiment, PLACES).word == "done":
         continue
     needed = experiment.needs
     if needed is not None:
-        if engine.state_of(needed, PLACES).word != "done" or not is_ready(needed):
+        is_done = engine.state_of(needed, PLACES).word == "done"
+        if not is_done or not is_ready(needed):
             JOBS[marker(needed)] = needed
+        if is_done and not is_ready(needed):  # its weights are elsewhere
+            AGAIN.add(marker(needed))
     JOBS[marker(experiment)] = experiment
 for path in JOBS:  # of a result that has since been removed
     Path(path).unlink(missing_ok=True)
@@ -59,11 +74,12 @@ def builds_on(wildcards):
 
 def command(wildcards):
     experiment = chosen(wildcards)
-    again = "--again" if engine.state_of(experiment, PLACES).word == "done" else ""
+    again = "--again" if marker(experiment) in AGAIN else ""
+    seeds = "--together" if len(job_of(experiment)) > 1 else f"--seed {experiment.seed}"
     where = (f"--file {FILE}" if FILE else "", f"--root {ROOT}" if ROOT else "")
     return (
         f"{' '.join(where)} run {experiment.study} {experiment.row} --scale {experiment.scale}"
-        f" --seed {experiment.seed} --device {DEVICE} {again}"
+        f" {seeds} --device {DEVICE} {again}"
     )
 
 
