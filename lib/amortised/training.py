@@ -646,7 +646,7 @@ def write_checkpoint(path: Path, tree: Mapping[str, object]) -> None:
     """Write a tree of dictionaries, lists, tensors and plain values in the safetensors format.
 
     The file appears under its name only when it is complete and on the disk; the file that had the
-    name before is kept as ``.previous``. What is larger than :data:`MAX_FILE_BYTES` lies in parts
+    name before is kept as ``.previous``. What is larger than 15 MB lies in parts
     beside the file, which then lists them: copy the folder, and everything is there.
 
     :param path: where to write it.
