@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from amortised import amc, data
+from amortised import adversarial, amc, data, fast, numerics, recipes
 from amortised.adversarial import Discriminator
 from amortised.encoders import ImplicitEncoder
+from amortised.experiments import load_studies, select
 from amortised.fast import RefreshedLikelihood
 from amortised.models import ConvBernoulli
 from amortised.numerics import argument_validation
+from amortised.recipes import Run
 from amortised.training import CudaGraphStep, _remember
 
-NUM_STEPS = 100
+NUM_STEPS, BATCH = 100, 4
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 
@@ -34,7 +36,7 @@ def train(batches, *, fast, graph=False, device="cpu"):
         }
         optimizers = {}
         for name, network in networks.items():
-            network.to(device)
+            network.to(device, memory_format=torch.channels_last)  # as the recipes do
             rate = torch.tensor(1e-3, device=device) if graph else 1e-3
             optimizers[name] = torch.optim.Adam(network.parameters(), rate, capturable=graph)
         model = networks["model"]
@@ -68,6 +70,68 @@ def test_fast_drift_trains_as_the_plain_one(grey):
     assert plain[-10:, 0].mean() < 0.6 * plain[0, 0]  # and it is training indeed
     for name, value in plain_model.state_dict().items():
         assert (fast_model.state_dict()[name] - value).abs().max() < 0.01, name
+
+
+# --- steps that a CUDA graph can hold ------------------------------------------------------------
+
+
+ROWS = {
+    f"{e.row} {e.config['rule']}": e.config
+    for e in select(load_studies(), "amc_table1", scale="full", seed=0)
+}
+ROWS["mmd"] = ROWS["amc_cnn_g_t5 gan"] | {"rule": "mmd", "num_student_samples": 8}
+
+
+def step_of(config, device, num_models=1):
+    """A step of the recipe, on networks as the recipe makes them, and what it changes."""
+    config = config | {"num_steps": min(config["num_steps"], 3), "training_images": 2 * BATCH}
+    run = Run(*("amc_table1", "row", "full", 0), config, device, *[None] * 4)
+    members = [recipes._amc_networks(run) for _ in range(num_models)]
+    networks = members[0] if num_models == 1 else recipes._side_by_side(members)
+    optimizers = {
+        "model" if name == "decoder" else name: recipes._adam(run, network, 1e-3)
+        for name, network in networks.items()
+        if name != "chains"
+    }
+    step = recipes._amc_step(config, networks, optimizers)
+    changed = networks | {f"optimizer of {name}": o for name, o in optimizers.items()}
+    return (lambda grey, index: step(data.binarise(grey), index)), changed
+
+
+@pytest.mark.parametrize("num_models", [1, 3])
+@pytest.mark.parametrize("row", ROWS)
+def test_a_captured_step_looks_at_no_value(row, num_models, monkeypatch):
+    """Tensors on the meta device have shapes and no values, so that looking at one is an error."""
+    if row == "mmd" and num_models > 1:
+        pytest.skip("several samples of the student are not trained side by side")
+    for module in (adversarial, fast, numerics):
+        monkeypatch.setattr(module, "is_capturing", lambda: True)
+    monkeypatch.setattr(recipes, "RefreshedLikelihood", partial(RefreshedLikelihood, route="dense"))
+    # Normal.sample checks its scales where Python does not see it.
+    monkeypatch.delattr(torch, "normal")
+    step, _ = step_of(ROWS[row], torch.device("meta"), num_models)
+    grey = torch.empty(num_models * BATCH, 784, device="meta")
+    index = torch.empty(num_models * BATCH, dtype=torch.int64, device="meta")
+    with argument_validation(False):
+        for _ in range(2):
+            assert all(loss.shape == () for loss in step(grey, index).values())
+
+
+@needs_cuda
+@pytest.mark.parametrize("num_models", [1, 3])
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_can_be_captured(row, num_models, grey):
+    if row == "mmd" and num_models > 1:
+        pytest.skip("several samples of the student are not trained side by side")
+    device = torch.device("cuda")
+    step, changed = step_of(ROWS[row], device, num_models)
+    captured = CudaGraphStep(step, changed)
+    x = grey.flatten(0, 1)[:BATCH].repeat(num_models, 1).to(device)
+    index = torch.arange(num_models * BATCH, device=device)
+    with argument_validation(False):
+        losses = [torch.stack(list(captured(x, index).values())).cpu() for _ in range(5)]
+    losses = torch.stack(losses)
+    assert losses.isfinite().all() and (losses[0] != losses[-1]).any()
 
 
 def test_what_a_capture_changed_is_put_back():

@@ -74,9 +74,9 @@ def small_decoder() -> BernoulliDecoder:
     return BernoulliDecoder(decoder, 8, 64)
 
 
-@pytest.fixture
-def decoders():
-    return [small_decoder() for _ in range(NUM_MODELS)]
+@pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=str)
+def decoders(request):
+    return [small_decoder().to(memory_format=request.param) for _ in range(NUM_MODELS)]
 
 
 def alone(decoders, x, z, **settings):

@@ -92,6 +92,12 @@ def student_samples(encoder: Encoder, x: Tensor, num_samples: int = 1) -> Tensor
     return (q.rsample if q.has_rsample else q.sample)((num_samples,))
 
 
+@torch.no_grad()
+def _fixed_samples(q: Distribution, num_samples: int) -> Tensor:
+    """Samples without graph. ``Normal.sample`` looks at its scales, which a CUDA graph forbids."""
+    return (q.rsample if q.has_rsample else q.sample)((num_samples,))
+
+
 def _distribution(encoder: Encoder, x: Tensor) -> Distribution:
     q = encoder(x)
     if not isinstance(q, Distribution):
@@ -330,7 +336,7 @@ def amc_step(
 
     if rule == "inclusive_kl":
         q = _distribution(encoder, x)
-        z_student = q.sample((num_samples,))
+        z_student = _fixed_samples(q, num_samples)
     else:
         z_student = student_samples(encoder, x, num_samples)
         if not z_student.requires_grad:
@@ -418,7 +424,7 @@ def mcmc_vi_step(
     _check_optimizers(optimizers, {"encoder"})
     q, losses = _distribution(encoder, x), {}
     if "model" in optimizers:
-        z_teacher = teacher(x, q.sample((num_samples,)))
+        z_teacher = teacher(x, _fixed_samples(q, num_samples))
         losses["model"] = descend(-model.log_joint(x, z_teacher), optimizers["model"])
     loss = -elbo(model, q, x, num_samples, analytic_kl=True)
     losses["encoder"] = descend(loss, optimizers["encoder"])

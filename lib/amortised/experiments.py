@@ -665,7 +665,12 @@ def _weights_of(experiment: Experiment, places: Places, role: str) -> Path:
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    """The global streams seeded meanwhile, and the device current: graphs are captured there."""
+    is_cuda = device.type == "cuda"
+    with (
+        torch.cuda.device(device) if is_cuda else contextlib.nullcontext(),
+        torch.random.fork_rng(devices=[device] if is_cuda else []),
+    ):
         torch.manual_seed(seed)
         yield
 

@@ -548,17 +548,20 @@ def _dense_network(layers: list[_Layer]) -> _Network:
             return module.weight.detach().clone(), bias
         inputs = math.prod(layer.in_shape)
         basis = torch.eye(inputs, dtype=bias.dtype, device=bias.device)
-        images = F.conv_transpose2d(
-            basis.view(inputs, *layer.in_shape),
-            module.weight.detach(),
-            None,
-            module.stride,
-            module.padding,
-            module.output_padding,
-            module.groups,
-            module.dilation,
-        )
-        return images.view(inputs, -1).T.contiguous(), bias
+        # Exact in float32: CUDA would else be free to round a convolution to TF32.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            images = F.conv_transpose2d(
+                basis.view(inputs, *layer.in_shape),
+                module.weight.detach(),
+                None,
+                module.stride,
+                module.padding,
+                module.output_padding,
+                module.groups,
+                module.dilation,
+            )
+        # A weight that is stored channels last makes images that are, too.
+        return images.reshape(inputs, -1).T.contiguous(), bias
 
     stages = tuple(_Affine(layer.relu) for layer in layers)
     order = torch.arange(math.prod(layers[-1].out_shape))

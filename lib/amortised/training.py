@@ -351,7 +351,13 @@ class CudaGraphStep:
     def __call__(self, *batch: Tensor) -> Mapping[str, Tensor]:
         """Make one step. The losses are overwritten by the next one."""
         if self._graph is None:
-            self._capture(batch)
+            for tensor in batch:
+                if tensor.device.type != "cuda":
+                    raise ValueError(
+                        f"a CUDA graph needs batches on a CUDA device; got one on {tensor.device}"
+                    )
+            with torch.cuda.device(batch[0].device):
+                self._capture(batch)
         for fixed, new in zip(self._batch, batch, strict=True):
             if fixed.shape != new.shape:
                 raise ValueError(
@@ -363,11 +369,6 @@ class CudaGraphStep:
         return self._losses
 
     def _capture(self, batch: tuple[Tensor, ...]) -> None:
-        for tensor in batch:
-            if tensor.device.type != "cuda":
-                raise ValueError(
-                    f"a CUDA graph needs batches on a CUDA device; got one on {tensor.device}"
-                )
         self._batch = tuple(tensor.clone() for tensor in batch)
         put_back = _remember(self.state)
         random_state = torch.cuda.get_rng_state()
