@@ -30,6 +30,7 @@ from amortised.numerics import argument_validation
 from amortised.side_by_side import side_by_side
 from amortised.training import CudaGraphStep
 
+GRAPH = {"channels_last": True, "graph": True, "route": "dense"}
 CONTESTANTS = {
     "cpu": {
         "plain": {},
@@ -39,14 +40,9 @@ CONTESTANTS = {
     },
     "cuda": {
         "plain": {},
-        "graph": {"graph": True, "route": "dense"},
-        "graph, float16 chain": {"graph": True, "route": "dense", "dtype": torch.float16},
-        "graph, float16 chain, three seeds": {
-            "graph": True,
-            "route": "dense",
-            "dtype": torch.float16,
-            "num_models": 3,
-        },
+        "graph": GRAPH,
+        "graph, float16 chain": GRAPH | {"dtype": torch.float16},
+        "graph, float16 chain, three seeds": GRAPH | {"dtype": torch.float16, "num_models": 3},
     },
 }
 
