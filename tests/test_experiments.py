@@ -1137,6 +1137,79 @@ def test_a_seed_that_has_begun_alone_goes_on_alone(partial, whole, tmp_path, wor
         assert root.result(seed=seed).record["details"]["trained_with_seeds"] == [1, 2]
 
 
+KILLED_IN_EVALUATION = """
+real_ll, calls = recipes.evaluation.hais_ll, []
+def killed(*arguments, **settings):
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real_ll(*arguments, **settings)
+recipes.evaluation.hais_ll = killed
+"""  # of the second seed
+
+
+@pytest.mark.parametrize("more", [(), ("--again",)])
+def test_killed_after_the_training_nothing_is_trained_twice(together, tmp_path, workers, more):
+    root = copy_of(together, tmp_path) if more else Root(tmp_path).write()
+    count = COUNTED.format(log=str(tmp_path / "steps"), seconds=0)
+    (tmp_path / "steps").unlink(missing_ok=True)
+    ended = workers(root.arguments(*TOGETHER, *more), count + KILLED_IN_EVALUATION)
+    assert ended.code == -signal.SIGKILL
+    if not more:  # a newcomer does not make the others start afresh
+        root.write({f"{STUDY}/seeds": [0, 1, 2, 3]})
+    ended = workers(root.arguments(*TOGETHER, *more), count)
+    assert ended.code == 0, ended
+    assert (tmp_path / "steps").stat().st_size == NUM_STEPS * (1 if more else 2)
+    for seed in range(3):
+        own, other = root.result(seed=seed), together.result(seed=seed)
+        assert own.record["details"]["trained_with_seeds"] == [0, 1, 2]
+        assert all(torch.equal(own.per_image[name], v) for name, v in other.per_image.items())
+    if not more:
+        assert "trained_with_seeds" not in root.result(seed=3).record["details"]
+    assert not list(root.places.checkpoints.rglob("*seeds*"))
+
+
+def test_killed_while_the_networks_are_handed_out(together, root, workers):
+    count = COUNTED.format(log=str(root.folder / "steps"), seconds=0)
+    kill = """
+real_write = recipes.write_checkpoint
+def killed(path, tree):
+    if "seed1" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real_write(path, tree)
+recipes.write_checkpoint = killed
+"""
+    assert workers(root.arguments(*TOGETHER), count + kill).code == -signal.SIGKILL
+    assert workers(root.arguments(*TOGETHER), count).code == 0
+    assert (root.folder / "steps").stat().st_size == NUM_STEPS
+    own, other = root.result(seed=2).per_image, together.result(seed=2).per_image
+    assert all(torch.equal(own[name], values) for name, values in other.items())
+
+
+def test_what_was_trained_together_is_not_replaced_by_what_is_trained_alone(
+    together, tmp_path, capsys
+):
+    root = copy_of(together, tmp_path)
+    shutil.rmtree(root.places.checkpoints)
+    before = {path: path.read_bytes() for path in root.places.results.rglob("*.*")}
+    assert main(root.arguments("run", "amc_imputation", "--seed=1")) == 2
+    assert f"run {STUDY} vae --together --scale laptop --again\n" in capsys.readouterr().err
+    assert main(root.arguments(*RUN[:3], "--seed=1", "--again")) == 2
+    error = capsys.readouterr().err
+    assert "was trained with seeds 0, 1, 2, and alone would get other numbers" in error
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_half_of_a_joint_training_is_not_thrown_away(root, workers, capsys):
+    slow = COUNTED.format(log=str(root.folder / "steps"), seconds=0.02)
+    assert workers(root.arguments(*TOGETHER, "--max-minutes=0.006"), slow).code == 3
+    assert main(root.arguments(*RUN)) == 2
+    error = capsys.readouterr().err
+    assert "half trained with other seeds: go on with --together, or remove " in error
+    folder = Path(re.search(r"remove (\S+) to train it alone", error)[1])
+    assert folder.name.startswith("vae-laptop-seeds0+1+2-") and folder.is_dir()
+
+
 @pytest.mark.parametrize(
     ("changes", "command", "message"),
     [
@@ -1164,8 +1237,9 @@ def test_what_does_not_train_together_is_refused(root, capsys, changes, command,
 def test_seeds_that_diverge_together_are_named(root, capsys):
     assert main(root.arguments("run", STUDY, "hot", "--together")) == 1
     error = capsys.readouterr().err
-    assert "step 2: loss 'loss' is nan" in error
-    assert "one by one, without --together, the seed at fault shows" in error
+    names = ", ".join(f"amc_table1/hot-laptop-seed{seed}" for seed in range(3))
+    assert f"{names}: step 2: loss 'loss' is nan" in error
+    assert re.search(r"remove \S+/hot-laptop-seeds0\+1\+2-\w+ to train them one by one", error)
     assert root.state(row="hot").word == "partial"
 
 

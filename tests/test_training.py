@@ -647,6 +647,20 @@ def test_any_damage_to_a_list_of_parts_is_noticed(tmp_path, small_files):
     assert {p.name for p in tmp_path.iterdir()} == {"c", "c.previous"}
 
 
+def test_equal_checkpoints_do_not_overwrite_each_other(tmp_path, small_files, monkeypatch):
+    tree = {"state": torch.arange(900.0), "done": 3}
+    write_checkpoint(tmp_path / "c", tree)
+
+    def no_space(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.os, "fsync", no_space)
+        with pytest.raises(OSError, match="the one before it is intact"):
+            write_checkpoint(tmp_path / "c", tree)
+    assert torch.equal(read_checkpoint(tmp_path / "c")["state"], tree["state"])
+
+
 @pytest.mark.parametrize("room", range(4))
 def test_disk_that_fills_up_between_parts(tmp_path, uninterrupted, small_files, monkeypatch, room):
     checkpoint = tmp_path / "c"

@@ -90,6 +90,8 @@ def timed_runs(studies: Mapping, root: Path) -> list[Timed]:
         device = facts["device"]["name"] + (
             f" ({threads} thread{'s' * (threads > 1)})" if threads else ""
         )
+        if together := results.trained_with(record):
+            device += f", {len(together)} seeds together"
         runs.append(Timed(experiment, device, seconds))
     return runs
 

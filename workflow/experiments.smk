@@ -6,7 +6,8 @@ output is a marker beside its checkpoints, never the result itself: Snakemake re
 a job before it runs, and a result must stay until its successor is complete. For the same reason no
 checkpoint is an output, so that a job that failed or was killed goes on from its own.
 
-With `together` the seeds of a row that can be trained as one model are one job.
+With `together` the seeds of a row that can be trained as one model are one job, as are those that
+were trained so before and have to be made again for their weights.
 """
 
 import os
@@ -30,9 +31,11 @@ except ValueError as error:
 
 def job_of(experiment):
     """The runs that are made in one job with this one, itself included."""
-    if not TOGETHER or engine.RECIPES[experiment.recipe].train_together is None:
-        return [experiment]
-    return engine.select(STUDIES, experiment.study, experiment.row, scale=SCALE)
+    seeds = engine.select(STUDIES, experiment.study, experiment.row, scale=SCALE)
+    record = engine.state_of(experiment, PLACES).record or {}
+    was_together = engine.results.trained_with(record) == [other.seed for other in seeds]
+    can_be = engine.RECIPES[experiment.recipe].train_together is not None
+    return seeds if was_together or (TOGETHER and can_be) else [experiment]
 
 
 def marker(experiment):

@@ -12,7 +12,8 @@ the recipe must be there, and nothing else. Nothing starts before the whole file
 
 A finished run is ``data/results/<study>/<row>-<scale>-seed<k>.json`` with values per image beside
 it, and, where the study says so, weights in ``data/models``. While it is at work it keeps
-checkpoints in ``checkpoints/<study>/<row>-<scale>-seed<k>-<hash>``. Stopped at any moment, by
+checkpoints in ``checkpoints/<study>/<row>-<scale>-seed<k>-<hash>`` (seeds that train together in
+``<row>-<scale>-seeds<k>+<l>-<hash>`` until they are trained). Stopped at any moment, by
 ``--max-minutes``, Ctrl-C or ``kill -9``, the same command goes on from the last checkpoint and ends
 with the numbers of a run that was left alone. A run is
 
@@ -432,12 +433,17 @@ def state_of(experiment: Experiment, places: Places | None = None) -> State:
         )
         if is_current and record["status"] in ("done", "failed"):
             return State(record["status"], record)
-    work, seed = places.work(experiment), str(experiment.seed)
-    together = work.parent.glob(work.name.replace(f"-seed{seed}-", "-seeds*-"))
-    joint = [folder for folder in together if seed in folder.name.split("-")[-2][5:].split("+")]
-    if any(map(_has_checkpoints, [work, *joint])):
+    folders = [places.work(experiment), *_joint_folders(experiment, places)]
+    if any(map(_has_checkpoints, folders)):
         return State("partial", record, damage)
     return State("missing" if record is None and damage is None else "stale", record, damage)
+
+
+def _joint_folders(experiment: Experiment, places: Places) -> list[Path]:
+    """Folders of joint trainings that this run takes part in."""
+    work, seed = places.work(experiment), str(experiment.seed)
+    found = work.parent.glob(work.name.replace(f"-seed{seed}-", "-seeds*-"))
+    return [path for path in found if seed in path.name.split("-")[-2][len("seeds") :].split("+")]
 
 
 def _has_checkpoints(folder: Path) -> bool:
@@ -464,14 +470,15 @@ def run_experiment(
     :return: its state afterwards: done or failed.
     :raises OutOfTimeError: when ``stop_at`` has come; what is done so far is kept.
     :raises CheckpointLockedError: when another process is at work on this run.
-    :raises ExperimentError: when the device is none, or the weights it builds on are not there.
+    :raises ExperimentError: when the device is none, the weights it builds on are not there, or it
+        was trained together with other seeds, wholly or in part, and would now be trained alone.
     :raises OSError: when results cannot be written; found out before any work starts.
     """
     places = places or Places.of_the_project()
     _check_device(device)
     state = state_of(experiment, places)
     folder = places.work(experiment)
-    if state.word == "done" and not again and not _has_checkpoints(folder):
+    if state.word == "done" and not again and not any(folder.glob("*.checkpoint*")):
         return state
     _check_places(experiment, places)
     folder.mkdir(parents=True, exist_ok=True)
@@ -480,6 +487,7 @@ def run_experiment(
         if state.word == "done" and not again:
             _tidy(experiment, places)  # it was killed before it could
             return state
+        _check_may_go_alone(experiment, places, state)
         started, cpu_started = time.time(), time.process_time()
         facts = results.provenance(device, started=started)  # of the code as it was read
         is_resumed = _has_checkpoints(folder)
@@ -516,16 +524,16 @@ def train_together(
     stop_at: float = float("inf"),
     places: Places | None = None,
     progress: bool = False,
-) -> bool:
+) -> list[Experiment]:
     """Train the seeds of one row as one model, which a graphics card does in less time.
 
     Afterwards each is ``partial``, and :func:`run_experiment` evaluates it. Its result names the
     seeds it was trained with: alone it would have had the same options but other random numbers.
-    Seeds that have begun to train alone are left out, and one that is left alone does nothing.
+    Seeds that have begun to train alone, or are trained already, are left out.
 
     :param experiments: runs that differ in the seed alone; other arguments and errors as in
         :func:`run_experiment`.
-    :return: whether there was something to train.
+    :return: those that were trained; none where fewer than two are left.
     :raises ExperimentError: for runs that differ in more, a recipe that trains one seed at a time,
         or options that it does not train together.
     :raises NonFiniteError: when the loss of a seed, and with it their mean, is no longer a number.
@@ -540,26 +548,61 @@ def train_together(
     if len({experiment._replace(seed=0).name for experiment in experiments}) > 1:
         names = ", ".join(experiment.name for experiment in experiments)
         raise ExperimentError(f"runs that train together differ in the seed alone; got {names}")
-    runs = [_run_of(e, places, device, stop_at, progress) for e in experiments]
-    runs = [run for run in runs if not (run.folder / "training.checkpoint").exists()]
-    if len(runs) < 2 or all((run.folder / TOGETHER).exists() for run in runs):
-        return False
-    seeds = {run.seed for run in runs}
-    chosen = [experiment for experiment in experiments if experiment.seed in seeds]
-    first, joint_folder = chosen[0], places.joint_work(chosen)
+    chosen = _untrained(experiments, places)
+    if len(chosen) < 2:
+        return []
     for experiment in chosen:
         _check_places(experiment, places)
-    joint = runs[0]._replace(folder=joint_folder)
+    states = [state_of(experiment, places).word for experiment in chosen]
+    runs = [_run_of(experiment, places, device, stop_at, progress) for experiment in chosen]
+    joint = runs[0]._replace(folder=places.joint_work(chosen))
     with contextlib.ExitStack() as stack:
-        for folder in (joint_folder, *(run.folder for run in runs)):
+        for folder in (joint.folder, *(run.folder for run in runs)):
             stack.enter_context(checkpoint_lock(folder / "run"))
+        now = [state_of(experiment, places).word for experiment in chosen]
+        if now != states or _untrained(experiments, places) != chosen:
+            return []  # another process has just done it
         try:
-            with _seeded(first.seed, joint.device):
+            with _seeded(joint.seed, joint.device):
                 train(runs, joint)
         except ValueError as error:
-            raise ExperimentError(f"{first.study}/{first.row}: {error}") from error
-        shutil.rmtree(joint_folder)
-    return True
+            raise ExperimentError(f"{joint.study}/{joint.row}: {error}") from error
+        shutil.rmtree(joint.folder, ignore_errors=True)
+    return chosen
+
+
+def _untrained(experiments: Sequence[Experiment], places: Places) -> list[Experiment]:
+    """Those that have neither begun to train alone nor been left networks by a joint training."""
+    chosen = [e for e in experiments if not _exists(places.work(e) / "training.checkpoint")]
+    if chosen and _has_checkpoints(places.joint_work(chosen)):
+        return chosen  # to go on, even where it was killed while it handed out the networks
+    return [e for e in chosen if not _is_left_networks(e, places)]
+
+
+def _is_left_networks(experiment: Experiment, places: Places) -> bool:
+    return _exists(places.work(experiment) / TOGETHER)
+
+
+def _exists(checkpoint: Path) -> bool:
+    return checkpoint.exists() or checkpoint.with_name(f"{checkpoint.name}.previous").exists()
+
+
+def _check_may_go_alone(experiment: Experiment, places: Places, state: State) -> None:
+    """Refuse to throw away, or to replace by other numbers, what was trained with other seeds."""
+    if _has_checkpoints(places.work(experiment)):
+        return
+    begun = [f for f in _joint_folders(experiment, places) if _has_checkpoints(f)]
+    if begun:
+        raise ExperimentError(
+            f"{experiment.name} is half trained with other seeds: go on with --together, or remove "
+            f"{begun[0]} to train it alone"
+        )
+    seeds = results.trained_with(state.record or {})
+    if state.word == "done" and seeds:
+        raise ExperimentError(
+            f"{experiment.name} was trained with seeds {', '.join(map(str, seeds))}, and alone "
+            "would get other numbers: make them again with --together --again, or remove its result"
+        )
 
 
 def _check_device(device: str) -> None:
@@ -614,8 +657,10 @@ def _tidy(experiment: Experiment, places: Places) -> None:
     for place in (places.results, places.models):
         for pattern in (f".{stem}.*.tmp", f"..{stem}.*.tmp", f".{stem}-*.tmp"):
             leftovers += (place / experiment.study).glob(pattern)
-    for path in leftovers:
+    for path in sorted(leftovers, key=lambda path: ".part" in path.name):  # what lists them first
         path.unlink(missing_ok=True)
+    for joint in _joint_folders(experiment, places):  # never gone on from without this seed
+        shutil.rmtree(joint, ignore_errors=True)
 
 
 def _replaced(before: dict | None) -> dict:
@@ -655,10 +700,13 @@ def _weights_of(experiment: Experiment, places: Places, role: str) -> Path:
     path = find_weights(trained, role, places)
     if path is not None:
         return path
-    again = " --again" if state_of(trained, places).word == "done" else ""
+    state = state_of(trained, places)
+    again = " --again" if state.word == "done" else ""
+    is_joint = again and results.trained_with(state.record)
+    seed = " --together" if is_joint else f" --seed {trained.seed}"
     raise ExperimentError(
         f"{experiment.name} needs the weights of {trained.name}, which are not here. Make them:\n"
-        f"  python -m amortised.experiments run {trained.study} {trained.row} --seed {trained.seed}"
+        f"  python -m amortised.experiments run {trained.study} {trained.row}{seed}"
         f" --scale {trained.scale}{again}"
     )
 
@@ -789,25 +837,24 @@ def _run(studies: Mapping[str, Study], options: argparse.Namespace) -> int:
 
 def _run_together(chosen: list[Experiment], options: argparse.Namespace, settings: dict) -> int:
     """Each row in turn: its seeds trained as one model, then evaluated one by one."""
-    code = 0
-    rows = dict.fromkeys((experiment.study, experiment.row) for experiment in chosen)
-    for row in rows:
+    code, places = 0, options.places
+    for row in dict.fromkeys(experiment[:2] for experiment in chosen):
         seeds = [experiment for experiment in chosen if experiment[:2] == row]
-        open_ = [
-            experiment
-            for experiment in seeds
-            if options.again or state_of(experiment, options.places).word != "done"
-        ]
-        names = ", ".join(experiment.name for experiment in open_)
+        if options.again and any(_is_left_networks(e, places) for e in seeds):
+            # An earlier --again was stopped: the others have been made again since.
+            seeds = [e for e in seeds if _is_left_networks(e, places)]
+        wanted = [e for e in seeds if options.again or state_of(e, places).word != "done"]
+        training = _untrained(wanted, places)
+        names = ", ".join(experiment.name for experiment in training)
         try:
-            if open_ and train_together(open_, **settings):
+            if wanted and train_together(wanted, **settings):
                 print(f"{names}: trained together", flush=True)
         except OutOfTimeError as error:
             return _out_of_time(names, error)
         except FloatingPointError as error:
-            why = f"{names}: {error}; one by one, without --together, the seed at fault shows"
-            code = _stop(why, EXIT_FAILED)
-            continue
+            folder = places.joint_work(training)
+            _stop(f"{names}: {error}; remove {folder} to train them one by one", EXIT_FAILED)
+            code, seeds = EXIT_FAILED, [e for e in seeds if e not in training]
         code = _run_each(seeds, options, settings) or code
         if code == EXIT_OUT_OF_TIME:
             return code

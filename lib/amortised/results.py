@@ -73,6 +73,7 @@ __all__ = [
     "save_result",
     "save_weights",
     "summarise",
+    "trained_with",
 ]
 
 
@@ -346,6 +347,15 @@ _PROVENANCE = {
     "wall_seconds": (int, float),
     "data_sha256": dict,
 }
+
+
+def trained_with(record: Mapping[str, object]) -> list[int]:
+    """The seeds that were trained as one model with that of a result; its times are a share then.
+
+    >>> trained_with({"details": {"trained_with_seeds": [0, 1]}}), trained_with({})
+    ([0, 1], [])
+    """
+    return record.get("details", {}).get("trained_with_seeds", [])
 
 
 def result_path(root: str | Path, study: str, row: str, scale: str, seed: int) -> Path:

@@ -30,6 +30,7 @@ from .results import (
     load_result,
     markdown_table,
     mean_and_se,
+    trained_with,
 )
 
 __all__ = [
@@ -333,9 +334,10 @@ def run_table(results: Study, study: str, labels: Mapping[str, str]) -> Table:
         facts = [run["provenance"] for run in runs]
         commits = {(fact["commit"] or "unknown")[:7] + "*" * bool(fact["dirty"]) for fact in facts}
         devices = {
-            fact["device"]["name"]
-            + (f", {n} threads" if (n := fact["device"].get("threads", 1)) > 1 else "")
-            for fact in facts
+            run["provenance"]["device"]["name"]
+            + (f", {n} threads" if (n := run["provenance"]["device"].get("threads", 1)) > 1 else "")
+            + (f", {len(s)} seeds together" if (s := trained_with(run)) else "")
+            for run in runs
         }
         minutes = math.fsum(fact["wall_seconds"] for fact in facts) / len(facts) / 60
         path = f"data/results/{study}/{row}-{runs[0]['scale']}-seed{seeds}.json"

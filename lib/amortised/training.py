@@ -679,7 +679,9 @@ def write_checkpoint(path: Path, tree: Mapping[str, object]) -> None:
     temporary = _beside(path, ".tmp")
     try:
         for name, part in parts.items():
-            _write_to_disk(path.with_name(name), part)
+            file = path.with_name(name)
+            if not file.exists() or file.read_bytes() != part:  # an equal tree may be using it
+                _write_to_disk(file, part)
         _write_to_disk(temporary, content)
         if path.exists():
             os.replace(path, _beside(path, ".previous"))
