@@ -88,13 +88,11 @@ def student_samples(encoder: Encoder, x: Tensor, num_samples: int = 1) -> Tensor
     """
     if isinstance(encoder, ImplicitEncoder):
         return encoder(x, num_samples)
-    q = _distribution(encoder, x)
-    return (q.rsample if q.has_rsample else q.sample)((num_samples,))
+    return _draw(_distribution(encoder, x), num_samples)
 
 
-@torch.no_grad()
-def _fixed_samples(q: Distribution, num_samples: int) -> Tensor:
-    """Samples without graph. ``Normal.sample`` looks at its scales, which a CUDA graph forbids."""
+def _draw(q: Distribution, num_samples: int) -> Tensor:
+    """Reparameterised where possible; ``Normal.sample`` reads values, as no CUDA graph may."""
     return (q.rsample if q.has_rsample else q.sample)((num_samples,))
 
 
@@ -336,7 +334,7 @@ def amc_step(
 
     if rule == "inclusive_kl":
         q = _distribution(encoder, x)
-        z_student = _fixed_samples(q, num_samples)
+        z_student = _draw(q, num_samples).detach()
     else:
         z_student = student_samples(encoder, x, num_samples)
         if not z_student.requires_grad:
@@ -424,7 +422,7 @@ def mcmc_vi_step(
     _check_optimizers(optimizers, {"encoder"})
     q, losses = _distribution(encoder, x), {}
     if "model" in optimizers:
-        z_teacher = teacher(x, _fixed_samples(q, num_samples))
+        z_teacher = teacher(x, _draw(q, num_samples).detach())
         losses["model"] = descend(-model.log_joint(x, z_teacher), optimizers["model"])
     loss = -elbo(model, q, x, num_samples, analytic_kl=True)
     losses["encoder"] = descend(loss, optimizers["encoder"])

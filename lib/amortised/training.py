@@ -671,9 +671,7 @@ def write_checkpoint(path: Path, tree: Mapping[str, object]) -> None:
     parts: dict[str, bytes] = {}
     if len(content) > MAX_FILE_BYTES:
         for start in range(0, len(content), MAX_FILE_BYTES):
-            name = (
-                f"{path.name}.{digest[:16]}.part{len(parts)}"  # its own, so nothing overwrites it
-            )
+            name = f"{path.name}.{digest[:16]}.part{len(parts)}"  # which no other tree has
             parts[name] = content[start : start + MAX_FILE_BYTES]
         content = json.dumps({"parts": list(parts)}).encode()
     temporary = _beside(path, ".tmp")
