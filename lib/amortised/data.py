@@ -22,7 +22,6 @@ import hashlib
 import lzma
 import math
 import os
-import secrets
 import shlex
 import sys
 import tomllib
@@ -35,12 +34,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .files import atomic_write
+
 __all__ = [
     "BINARY_SEED",
     "SPLITS",
     "DataError",
     "Digits",
-    "atomic_write",
     "binarise",
     "cache_folder",
     "data_folder",
@@ -484,36 +484,6 @@ def _download(file: _File, *, progress: bool | None, retries: int) -> Path:
         + f"\nTry again later with `{_fetch_command(file)}`, or put the "
         f"file into a folder {file.dataset}/ and name the folder above it in AMORTISED_DATA_DIR."
     )
-
-
-def atomic_write(path: str | Path, content: bytes) -> None:
-    """Write a file so that at any moment its name holds all of the old content or all of the new.
-
-    The bytes go to a temporary file in the same folder, reach the disk, and take over the name.
-    On an error the temporary file is removed and the old content stays.
-
-    :param path: file to write; its folder is made if need be.
-    :param content: all of its bytes.
-    :raises OSError: if the folder cannot be written or the disk is full.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     atomic_write(Path(folder, "new", "a.txt"), b"whole")
-    ...     Path(folder, "new", "a.txt").read_bytes()
-    b'whole'
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _recorded_sha256(dataset: str, name: str) -> str | None:

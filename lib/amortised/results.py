@@ -52,7 +52,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from amortised.data import atomic_write, data_folder, digests
+from amortised.data import data_folder, digests
+from amortised.files import atomic_write
 
 __all__ = [
     "Estimate",
