@@ -16,7 +16,7 @@ CHOSEN = $(STUDY) $(ROW) $(if $(SEED),--seed $(SEED))
 define make_results
 @results=$$($(EXPERIMENTS) prepare $(CHOSEN) --scale $(1)) || exit; \
 	[ -z "$$results" ] || $(BIN)/python workflow/locked.py .cache/studies.lock $(GRAPH) $$results \
-	$(OPTIONS) --config device=$(2); code=$$?; \
+	$(OPTIONS) --rerun-triggers mtime --config device=$(2); code=$$?; \
 	$(EXPERIMENTS) record $(CHOSEN) --scale $(1) && exit $$code
 endef
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
