@@ -294,7 +294,7 @@ markdown_table(header, [(name, *v.tolist()) for name, v in after.items()])
 # The Wasserstein game replaces the logistic loss by a difference of means, with a penalty on slopes in $z$ at fixed $x$ {cite:p}`arjovsky2017wgan,gulrajani2017wgangp`.
 # The maximum mean discrepancy (MMD) needs no opponent, but several draws per image {cite:p}`gretton2012mmd`.
 #
-# In code the rule is an argument of {py:func}`amortised.amc.amc_step`, and so are the student, the teacher's kernel, and whose $z$ trains the decoder. Games differ from seed to seed, so each rule trains several students side by side.
+# In code the rule is an argument of {py:func}`amortised.amc.amc_step`, and so are the student and the teacher with its kernel. Games differ from seed to seed, so each rule trains several students side by side.
 
 
 # %%
@@ -312,7 +312,7 @@ def student(kind):
 def distil(kind, step=amc.amc_step, **settings):
     """Draws ``[K, num_students, 3, 2]`` after distillation, and the networks."""
     networks, x = {"encoder": student(kind)}, x_fold.repeat(num_students, 1)
-    if step is amc.avb_step or settings["rule"] in ("gan", "wasserstein"):
+    if step is amc.avb_step or settings["rule"].is_game:
         networks["discriminator"] = adversarial.Discriminator(2, nn.Identity(), 2)
         networks["discriminator"].head = BlockPerceptrons(num_students, 4, 48, 48, 1)
         settings["discriminator"] = networks["discriminator"]
@@ -352,11 +352,12 @@ teachers = {
     "HMC": partial(run, num_steps=1, step_size=0.25, kernel=partial(mcmc.hmc_step, num_steps=5)),
 }
 rules = {
-    "GAN": {"kind": "implicit", "rule": "gan", "num_critic_steps": 2},
-    "Wasserstein": {"kind": "implicit", "rule": "wasserstein", "num_critic_steps": 2, "penalty_weight": 0.1},
-    "MMD": {"kind": "implicit", "rule": "mmd"},
-    "KL, Gaussian": {"kind": "gaussian", "rule": "inclusive_kl"},
-    "KL, mixture": {"kind": "mixture", "rule": "inclusive_kl"},
+    "GAN": {"kind": "implicit", "rule": amc.gan(num_critic_steps=2)},
+    "Wasserstein": {"kind": "implicit",
+                    "rule": amc.wasserstein(2, penalty_weight=0.1)},
+    "MMD": {"kind": "implicit", "rule": amc.RULES["mmd"]},
+    "KL, Gaussian": {"kind": "gaussian", "rule": amc.RULES["inclusive_kl"]},
+    "KL, mixture": {"kind": "mixture", "rule": amc.RULES["inclusive_kl"]},
 }  # fmt: skip
 
 # %%
@@ -888,7 +889,7 @@ checks.close(slope, [0.0, 0.0], atol=0.01, label="the slope of the loss at your 
 #
 # ```{exercise} Whose z?
 # :label: ex-amc-whose
-# Train the decoder of the linear model once on the student's $z$ and once on the teacher's (the argument `decoder_samples` of {py:func}`amortised.amc.amc_step`), with a student that is held far too narrow. Which one learns a noise scale that is too small, and why? Check the sign:
+# Train the decoder of the linear model once on the student's $z$ and once on the teacher's (a step of it is `amc.descend(-model.log_joint(x, z), optimizer)`), with a student that is held far too narrow. Which one learns a noise scale that is too small, and why? Check the sign:
 #
 # ~~~python
 # checks.ordered(noise["student"], noise["teacher"], label="the order of the noise scales")
