@@ -114,7 +114,7 @@ def test_implicit_encoder_refuses_what_it_cannot_do():
         ImplicitEncoder(2, "cauchy")
     with pytest.raises(ValueError, match="leave out noise_dim=7"):
         ImplicitEncoder(2, "bernoulli", noise_dim=7)
-    with pytest.raises(ValueError, match="num_samples must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="num_samples must be an integer, at least 1; got 0"):
         ImplicitEncoder(2, trunk=nn.Identity(), num_features=3)(torch.zeros(1, 3), 0)
 
 

@@ -2,10 +2,27 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from amortised.numerics import CallCounter, effective_sample_size, log_mean_exp, value_and_grad
+from amortised.numerics import (
+    CallCounter,
+    check_counts,
+    effective_sample_size,
+    log_mean_exp,
+    value_and_grad,
+)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0, True, "3", None, math.nan])
+def test_counts_are_integers_large_enough(count):
+    check_counts(a=1, b=torch.zeros(3).numel(), c=np.int64(7))
+    check_counts(minimum=0, a=0)
+    with pytest.raises(ValueError, match=f"^b must be an integer, at least 1; got {count!r}$"):
+        check_counts(a=1, b=count)
+    with pytest.raises(ValueError, match=r"^a must be an integer, at least 2; got 1$"):
+        check_counts(minimum=2, a=1)
 
 
 def test_log_mean_exp_is_the_log_of_the_mean():

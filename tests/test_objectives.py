@@ -182,7 +182,7 @@ def test_surrogates_share_the_value_of_the_bound(surrogate):
 
 def test_bad_arguments_are_named():
     model, x = scalar_model(), torch.zeros(4, 1, dtype=torch.float64)
-    with pytest.raises(ValueError, match="num_samples must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="num_samples must be an integer, at least 1; got 0"):
         elbo(model, prior_as_q(4), x, 0)
     with pytest.raises(ValueError, match=r"batch shape is \(3,\), and x has shape \(4, 1\)"):
         iwae_bound(model, prior_as_q(3), x, 2)

@@ -528,7 +528,7 @@ def test_bad_input_is_refused_with_its_shape():
     with pytest.raises(ValueError, match=r"x has shape \(2, 1\) and z has shape \(3, 1\)"):
         pq_loss(lambda x: encoder_at(x)[1], x, torch.zeros(3, 1))
     for loss in (wake_phi_loss, wake_theta_loss, qp_loss):
-        with pytest.raises(ValueError, match="num_samples must be at least 1; got 0"):
+        with pytest.raises(ValueError, match="num_samples must be an integer, at least 1; got 0"):
             loss(model, q, x, 0)
         with pytest.raises(ValueError, match="one distribution per observation"):
             loss(model, q, torch.zeros(3, 1), 2)
@@ -558,7 +558,9 @@ def test_parallel_perceptrons_are_independent_networks():
 
 
 def test_parallel_perceptrons_refuse_sizes_that_make_no_network():
-    with pytest.raises(ValueError, match="at least two sizes"):
+    with pytest.raises(ValueError, match=r"the input and the output; got \(2,\)"):
         ParallelPerceptrons(3, 2)
-    with pytest.raises(ValueError, match="all at least 1"):
+    with pytest.raises(ValueError, match="num_networks must be an integer, at least 1; got 0"):
         ParallelPerceptrons(0, 2, 3)
+    with pytest.raises(ValueError, match=r"sizes\[1\] must be an integer, at least 1; got 0"):
+        ParallelPerceptrons(3, 2, 0, 3)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
+from .numerics import check_counts
+
 __all__ = [
     "BlockPerceptrons",
     "GaussianEncoder",
@@ -91,11 +93,9 @@ class ParallelPerceptrons(nn.Module):
 
     def __init__(self, num_networks: int, *sizes: int):
         super().__init__()
-        if len(sizes) < 2 or min(num_networks, *sizes) < 1:
-            raise ValueError(
-                "ParallelPerceptrons needs num_networks and at least two sizes, all at least 1; "
-                f"got {num_networks} and {sizes}"
-            )
+        if len(sizes) < 2:
+            raise ValueError(f"sizes must hold those of the input and the output; got {sizes}")
+        check_counts(num_networks=num_networks, **{f"sizes[{i}]": n for i, n in enumerate(sizes)})
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for inputs, outputs in pairwise(sizes):
             for parameters, rows in ((self.weights, inputs), (self.biases, 1)):
@@ -285,8 +285,8 @@ class ImplicitEncoder(nn.Module):
         :return: ``[K, B, D]``, or ``[B, D]`` by default.
         :raises ValueError: when K is less than 1.
         """
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1; got {num_samples}")
+        if num_samples is not None:
+            check_counts(num_samples=num_samples)
         features = self.trunk(x)
         if num_samples is not None:
             features = features.expand(num_samples, *features.shape)

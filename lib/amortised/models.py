@@ -15,6 +15,8 @@ from torch.distributions import (
     Normal,
 )
 
+from .numerics import check_counts
+
 __all__ = [
     "BernoulliDecoder",
     "ConvBernoulli",
@@ -37,11 +39,7 @@ class LatentVariableModel(nn.Module):
 
     def __init__(self, latent_dim: int, observation_dim: int):
         super().__init__()
-        if latent_dim < 1 or observation_dim < 1:
-            raise ValueError(
-                "latent_dim and observation_dim must be at least 1; "
-                f"got {latent_dim} and {observation_dim}"
-            )
+        check_counts(latent_dim=latent_dim, observation_dim=observation_dim)
         self.latent_dim = latent_dim
         self.observation_dim = observation_dim
 

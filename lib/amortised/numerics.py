@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,6 +15,7 @@ __all__ = [
     "CallCounter",
     "all_finite",
     "argument_validation",
+    "check_counts",
     "effective_sample_size",
     "is_capturing",
     "log_mean_exp",
@@ -54,6 +56,25 @@ def argument_validation(enabled: bool) -> Iterator[None]:
         yield
     finally:
         Distribution.set_default_validate_args(before)
+
+
+def check_counts(*, minimum: int = 1, **counts: object) -> None:
+    """Check that numbers of things (samples, steps, dimensions) are whole and large enough.
+
+    :param minimum: the least that is accepted.
+    :param counts: each number under its name; ``True`` is none.
+    :raises ValueError: for the first that is no integer or is less than ``minimum``.
+
+    >>> check_counts(num_samples=10, num_chains=1)
+    >>> check_counts(num_samples=10, num_chains=0)
+    Traceback (most recent call last):
+        ...
+    ValueError: num_chains must be an integer, at least 1; got 0
+    """
+    for name, count in counts.items():
+        is_integer = isinstance(count, numbers.Integral) and not isinstance(count, bool)
+        if not is_integer or count < minimum:
+            raise ValueError(f"{name} must be an integer, at least {minimum}; got {count!r}")
 
 
 def log_mean_exp(x: Tensor, dim: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
 from .models import LatentVariableModel
-from .numerics import log_mean_exp
+from .numerics import check_counts, log_mean_exp
 
 __all__ = [
     "dreg_surrogate",
@@ -324,8 +324,7 @@ def _fixed_samples(q: Distribution, x: Tensor, num_samples: int) -> tuple[Tensor
 
 
 def _check_samples(q: Distribution, x: Tensor, num_samples: int) -> None:
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1; got {num_samples}")
+    check_counts(num_samples=num_samples)
     if q.batch_shape != x.shape[:-1]:
         raise ValueError(
             "q must have one distribution per observation: its batch shape is "
