@@ -11,8 +11,14 @@ BIN := .venv/bin
 PROFILE ?= local
 GRAPH := $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/$(PROFILE)
 SNAKEMAKE := $(BIN)/python workflow/locked.py .cache/build.lock $(GRAPH)
-STUDIES = $(BIN)/python workflow/locked.py .cache/studies.lock $(GRAPH) experiments $(OPTIONS) \
-	--config study=$(STUDY) row=$(ROW) seed=$(SEED) device=$(DEVICE) together=$(TOGETHER)
+EXPERIMENTS := $(BIN)/python -m amortised.experiments
+CHOSEN = $(STUDY) $(ROW) $(if $(SEED),--seed $(SEED))
+define make_results
+@results=$$($(EXPERIMENTS) prepare $(CHOSEN) --scale $(1)) || exit; \
+	[ -z "$$results" ] || $(BIN)/python workflow/locked.py .cache/studies.lock $(GRAPH) $$results \
+	$(OPTIONS) --rerun-triggers mtime --config device=$(2); code=$$?; \
+	$(EXPERIMENTS) record $(CHOSEN) --scale $(1) && exit $$code
+endef
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 NB ?= $(basename $(notdir $(wildcard notebooks/[0-9]*.py)))
 
@@ -52,10 +58,10 @@ smoke: environment ## execute the chapters with params/*.smoke.yaml, into book/_
 	@$(SNAKEMAKE) smoke
 
 laptop: environment ## train and evaluate what is missing or stale at laptop scale; STUDY= ROW= SEED=
-	@$(STUDIES) scale=laptop
+	$(call make_results,laptop,$(or $(DEVICE),cpu))
 
-full: environment ## the same at full scale, DEVICE=cuda; TOGETHER=1 seeds as one, PROFILE=slurm
-	@$(STUDIES) scale=full
+full: environment ## the same at full scale, on DEVICE=cuda; PROFILE=slurm
+	$(call make_results,full,$(or $(DEVICE),cuda))
 
 coursework: environment ## copies of the chapters without the solutions, in book/_build/coursework
 	@$(BIN)/python workflow/coursework.py book/_build/coursework

@@ -1,13 +1,11 @@
-"""What a training step costs on this machine, plain and fast, as ratios in one run.
+"""What a training step costs on this machine, plain and as the recipes make it, in one run.
 
     python workflow/bench_training.py                  # some minutes on one idle core
     python workflow/bench_training.py --device cuda --batch-size 512
 
 The contestants take turns in every round, so that a machine whose speed drifts slows them alike,
-and a ratio is taken within a round. *Plain* is autograd throughout, on the processor with images
-stored channels first. The others add one thing each: channels last, the rewritten likelihood of
-``amortised.fast`` for the chain (its compiled form), and on CUDA a graph of the whole step. *Three
-seeds* are trained as one model; their time is that of one of them.
+and a ratio is taken within a round. *Plain* runs the chain by autograd through the decoder; the
+others run it on the faster route of ``amortised.fast``, on CUDA inside a graph of the whole step.
 """
 
 from __future__ import annotations
@@ -16,87 +14,38 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
-from torch import nn
 
-from amortised import amc, data, results
-from amortised.adversarial import Discriminator
-from amortised.encoders import GaussianEncoder, ImplicitEncoder
-from amortised.fast import RefreshedLikelihood
-from amortised.models import ConvBernoulli
+from amortised import data, experiments, recipes, results
+from amortised.cuda import CapturedFunction
 from amortised.numerics import argument_validation
-from amortised.side_by_side import side_by_side
-from amortised.training import CudaGraphStep
 
-GRAPH = {"channels_last": True, "graph": True, "route": "dense"}
 CONTESTANTS = {
-    "cpu": {
-        "plain": {},
-        "channels last": {"channels_last": True},
-        "+ rewritten chain": {"channels_last": True, "route": "rewritten"},
-        "+ compiled chain": {"channels_last": True, "route": "compiled"},
-    },
+    "cpu": {"plain": {"plain": True}, "recipe": {}},
     "cuda": {
-        "plain": {},
-        "graph": GRAPH,
-        "graph, float16 chain": GRAPH | {"dtype": torch.float16},
-        "graph, float16 chain, three seeds": GRAPH | {"dtype": torch.float16, "num_models": 3},
+        "plain": {"plain": True},
+        "recipe, in a graph": {"chain_dtype": "float32"},
+        "recipe, in a graph, float16 chain": {"chain_dtype": "float16"},
     },
 }
+ROWS = {"VAE": "vae", "AMC, T = 5": "amc_cnn_g_t5", "AMC, T = 50": "amc_cnn_g_t50"}
 
 
-def make_step(
-    num_steps: int,
-    device: torch.device,
-    channels_last: bool = False,
-    route: str | None = None,
-    dtype: torch.dtype | None = None,
-    graph: bool = False,
-    num_models: int = 1,
-) -> Callable[[torch.Tensor], object]:
-    """A training step on grey images: a VAE for ``num_steps=0``, else AMC with CNN-G and a game."""
+def make_step(row: str, device: torch.device, plain: bool = False, **changes: str) -> Callable:
+    """A training step on grey images of one row of Table 1."""
     torch.manual_seed(0)
-    kinds: dict[str, type[nn.Module]] = {"model": ConvBernoulli}
-    if num_steps:
-        kinds |= {"encoder": ImplicitEncoder, "discriminator": Discriminator}
-    else:
-        kinds["encoder"] = GaussianEncoder
-    members = {name: [kind() for _ in range(num_models)] for name, kind in kinds.items()}
-    networks = {name: side_by_side(m) if num_models > 1 else m[0] for name, m in members.items()}
-    model = networks["model"]
-    layout = torch.channels_last if channels_last else torch.preserve_format
-    optimizers = {}
-    for name, network in networks.items():
-        network.to(device, memory_format=layout)
-        rate = torch.tensor(1e-3, device=device) if graph else 1e-3
-        optimizers[name] = torch.optim.Adam(network.parameters(), lr=rate, capturable=graph)
-    teacher = partial(
-        amc.teacher_samples,
-        model,
-        num_steps=num_steps,
-        step_size=0.02,
-        route=RefreshedLikelihood(model, route=route, dtype=dtype) if route else None,
-    )
+    options = experiments.select(experiments.load_studies(), "amc_table1", row, seed=0)[0].config
+    training = recipes.amc_training(options | changes, device, plain=plain)
+    index = torch.zeros(1, dtype=torch.long, device=device)
 
-    def step(grey):
-        x = data.binarise(grey.repeat(num_models, 1))
-        if not num_steps:
-            return amc.vae_step(x, model, networks["encoder"], optimizers)
-        return amc.amc_step(
-            x,
-            model,
-            networks["encoder"],
-            optimizers,
-            teacher=teacher,
-            discriminator=networks["discriminator"],
-        )
+    def step(grey: torch.Tensor) -> object:
+        return training.step(data.binarise(grey), index)
 
-    if not graph:
+    if plain or device.type == "cpu":
         return step
-    state = networks | {f"optimizer {name}": optimizer for name, optimizer in optimizers.items()}
-    return CudaGraphStep(step, state)
+    state = training.networks | {f"{k} optimizer": o for k, o in training.optimizers.items()}
+    return CapturedFunction(step, state)
 
 
 def seconds(step: Callable, batch: torch.Tensor, repetitions: int) -> float:
@@ -124,29 +73,22 @@ def main() -> None:
     facts = results.provenance(device, started=time.time(), datasets=())
     print(f"{facts['device']}, torch {facts['versions']['torch']}, batch {options.batch_size}\n")
     batch = data.load_mnist("train").images[: options.batch_size].to(device)
-    rows, contestants = [], CONTESTANTS[device.type]
-    for num_steps in (0, 5, 50):
-        steps = {
-            name: make_step(num_steps, device, **settings)
-            for name, settings in contestants.items()
-            if num_steps or "chain" not in name
-        }
-        repetitions = 10 if num_steps < 50 else 2
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        # A graph cannot hold the validation of a distribution's arguments.
-        with argument_validation(device.type != "cuda"):
+    rows = []
+    # A graph cannot hold the validation of a distribution's arguments.
+    with argument_validation(device.type != "cuda"):
+        for label, row in ROWS.items():
+            forms = CONTESTANTS[device.type].items()
+            steps = {name: make_step(row, device, **changes) for name, changes in forms}
+            times: dict[str, list[float]] = {name: [] for name in steps}
             for step in steps.values():
                 seconds(step, batch, 2)
             for _ in range(options.rounds):
                 for name, step in steps.items():
-                    models = contestants[name].get("num_models", 1)
-                    times[name].append(seconds(step, batch, repetitions) / models)
-        for name, own in times.items():
-            ratio = [a / b for a, b in zip(times["plain"], own, strict=True)]
-            label = f"AMC, T = {num_steps}" if num_steps else "VAE"
-            milliseconds = statistics.median(own) * 1e3
-            rows.append([label, name, milliseconds, statistics.median(ratio)])
-    print(results.markdown_table(["step", "form", "ms a model", "plain time over this"], rows))
+                    times[name].append(seconds(step, batch, 2 if "50" in row else 10))
+            for name, own in times.items():
+                ratio = [a / b for a, b in zip(times["plain"], own, strict=True)]
+                rows.append([label, name, statistics.median(own) * 1e3, statistics.median(ratio)])
+    print(results.markdown_table(["step", "form", "ms", "plain time over this"], rows))
 
 
 if __name__ == "__main__":

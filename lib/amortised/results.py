@@ -2,32 +2,9 @@
 
 A result is one row of a study at one scale and one seed: ``data/results/<study>/`` holds
 ``<row>-<scale>-seed<k>.json`` and, beside it, the per-image values as float32 safetensors of the
-same name. Weights are safetensors with the architecture in their metadata. Every file is written
-under a temporary name and then renamed, and nothing is ever pickled.
-
-.. list-table:: Keys of a result
-   :header-rows: 1
-
-   * - key
-     - meaning
-   * - ``study``, ``row``, ``scale``
-     - names of lower-case letters, digits and underscores
-   * - ``seed``
-     - an integer from 0
-   * - ``config``, ``config_hash``
-     - the settings of the run and their :func:`config_hash`
-   * - ``recipe_version``
-     - an integer from 1, raised when a change of the code alters the numbers
-   * - ``status``
-     - ``"done"``, ``"partial"`` or ``"failed"``; a failed run states its ``reason``
-   * - ``metrics``
-     - ``{name: {mean, se, n}}``; ``se`` is null exactly when ``n`` is 1
-   * - ``provenance``
-     - what :func:`provenance` returns
-   * - ``per_image_sha256``
-     - digest of the safetensors file, null if there is none; set by :func:`save_result`
-   * - ``details``
-     - optional: anything else worth keeping
+same name. :class:`amortised.schemas.ResultRecord` describes the JSON. Weights are safetensors with
+the architecture in their metadata. Every file is written under a temporary name and then renamed,
+and nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -52,8 +29,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from amortised.data import data_folder, digests
-from amortised.files import atomic_write
+from .data import data_folder, digests
+from .files import atomic_write
 
 __all__ = [
     "Estimate",
@@ -74,7 +51,6 @@ __all__ = [
     "save_result",
     "save_weights",
     "summarise",
-    "trained_with",
 ]
 
 
@@ -283,19 +259,13 @@ def provenance(
         or ``notebooks`` differ from that commit; null if unknown), ``versions``, ``device``
         (``type``, ``name``, and ``threads`` on a CPU), ``started`` (ISO 8601, UTC),
         ``wall_seconds`` and ``data_sha256``.
-    :raises ValueError: if ``started`` lies in the future or ``wall_seconds`` is negative.
 
     >>> facts = provenance("cpu", started=time.time())
     >>> facts["device"]["type"], facts["versions"]["torch"] == torch.__version__
     ('cpu', True)
     """
-    now = time.time()
-    wall_seconds = now - started if wall_seconds is None else float(wall_seconds)
-    if started > now or not (math.isfinite(wall_seconds) and wall_seconds >= 0):
-        raise ValueError(
-            f"started = {started} and wall_seconds = {wall_seconds}: give time.time() of the start "
-            "and a duration of at least 0 seconds"
-        )
+    if wall_seconds is None:
+        wall_seconds = max(0.0, time.time() - started)
     device = torch.device(device)
     described = {"type": device.type, "name": _device_name(device)}
     if device.type == "cpu":
@@ -324,170 +294,58 @@ def provenance(
 # ------------------------------------------------------------------------------------ result files
 
 
-_NAME = re.compile(r"[a-z0-9_]+")
-_STATUSES = ("done", "partial", "failed")
-_REQUIRED = {
-    "study": str,
-    "row": str,
-    "scale": str,
-    "seed": int,
-    "config": dict,
-    "config_hash": str,
-    "recipe_version": int,
-    "status": str,
-    "metrics": dict,
-    "provenance": dict,
-}
-_OPTIONAL = {"reason": str, "details": dict, "per_image_sha256": (str, type(None))}
-_PROVENANCE = {
-    "commit": (str, type(None)),
-    "dirty": (bool, type(None)),
-    "versions": dict,
-    "device": dict,
-    "started": str,
-    "wall_seconds": (int, float),
-    "data_sha256": dict,
-}
-
-
-def trained_with(record: Mapping[str, object]) -> list[int]:
-    """The seeds that were trained as one model with that of a result; its times are a share then.
-
-    >>> trained_with({"details": {"trained_with_seeds": [0, 1]}}), trained_with({})
-    ([0, 1], [])
-    """
-    return record.get("details", {}).get("trained_with_seeds", [])
-
-
 def result_path(root: str | Path, study: str, row: str, scale: str, seed: int) -> Path:
     """Path of a result's JSON file below ``root``, the folder of all studies.
-
-    :raises ResultError: if a name holds anything but lower-case letters, digits and underscores, or
-        if ``seed`` is not an integer from 0.
 
     >>> result_path("data/results", "vae_recap", "iwae_50", "laptop", 0).as_posix()
     'data/results/vae_recap/iwae_50-laptop-seed0.json'
     """
-    faults = _name_faults({"study": study, "row": row, "scale": scale, "seed": seed})
-    if faults:
-        raise ResultError("; ".join(faults))
     return Path(root) / study / f"{row}-{scale}-seed{seed}.json"
 
 
-def _is_type(value: object, kinds: type | tuple[type, ...]) -> bool:
-    """``isinstance``, except that a boolean counts as an integer nowhere."""
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
-
-
-def _type_faults(record: Mapping, required: dict, optional: dict, where: str = "") -> list[str]:
-    faults = [f"{where}{key} is missing" for key in required if key not in record]
-    known = required | optional
-    for key, value in record.items():
-        if key not in known:
-            faults.append(f"{where}{key} is unknown (known: {', '.join(known)})")
-        elif not _is_type(value, known[key]):
-            faults.append(f"{where}{key} = {value!r} is of type {type(value).__name__}")
-    return faults
-
-
-def _name_faults(record: Mapping) -> list[str]:
-    faults = [
-        f"{key} = {record[key]!r} must consist of lower-case letters, digits and underscores"
-        for key in ("study", "row", "scale")
-        if not (isinstance(record[key], str) and _NAME.fullmatch(record[key]))
-    ]
-    if not _is_type(record["seed"], int) or record["seed"] < 0:
-        faults.append(f"seed = {record['seed']!r} must be an integer from 0")
-    return faults
-
-
-def _metric_faults(metrics: Mapping) -> list[str]:
-    faults = []
-    for name, metric in metrics.items():
-        if not isinstance(metric, dict) or set(metric) != {"mean", "se", "n"}:
-            faults.append(f"metrics[{name!r}] = {metric!r} must hold exactly mean, se and n")
-            continue
-        mean, se, n = metric["mean"], metric["se"], metric["n"]
-        number = (int, float)
-        if not (_is_type(mean, number) and math.isfinite(mean)):
-            faults.append(f"metrics[{name!r}].mean = {mean!r} must be a finite number")
-        if not _is_type(n, int) or n < 1:
-            faults.append(f"metrics[{name!r}].n = {n!r} must be an integer from 1")
-        elif n == 1 and se is not None:
-            faults.append(f"metrics[{name!r}].se = {se!r} must be null for a single value")
-        elif n > 1 and not (_is_type(se, number) and math.isfinite(se) and se >= 0):
-            faults.append(f"metrics[{name!r}].se = {se!r} must be a finite number from 0")
-    return faults
-
-
-def check_result(record: Mapping) -> None:
-    """Check a result's record against the format at the head of this module.
+def check_result(record: Mapping, per_image: Mapping[str, Tensor] | None = None) -> None:
+    """Check a result's record, and its per-image values where they are given.
 
     :raises ResultError: with every fault: missing, unknown and ill-typed keys, malformed names,
-        metrics that are not finite, a ``config_hash`` that is not that of ``config``.
+        metrics that are not finite, a ``config_hash`` that is not that of ``config``; values that
+        are no float32 vectors, or whose means are not the metrics of their names.
 
     >>> check_result({"study": "vae_recap"})
     Traceback (most recent call last):
     ...
-    amortised.results.ResultError: not a result:
-      row is missing
+    amortised.results.ResultError: the result departs from its format:
+      top level: row is missing
     ...
     """
-    faults = _type_faults(record, _REQUIRED, _OPTIONAL)
-    if not faults:
-        faults += _name_faults(record)
-        faults += _metric_faults(record["metrics"])
-        faults += _type_faults(record["provenance"], _PROVENANCE, {}, where="provenance.")
-        if record["recipe_version"] < 1:
-            faults.append(f"recipe_version = {record['recipe_version']} must be at least 1")
-        if record["status"] not in _STATUSES:
-            faults.append(f"status = {record['status']!r} must be one of {', '.join(_STATUSES)}")
-        if (record["status"] == "failed") != bool(record.get("reason")):
-            faults.append("reason must be stated for a failed run, and for no other")
-        if record["status"] == "done" and not record["metrics"]:
-            faults.append("metrics is empty, though status is 'done'")
-        try:
-            expected = config_hash(record["config"])
-        except (TypeError, ValueError) as error:
-            faults.append(str(error))
-        else:
-            if record["config_hash"] != expected:
-                faults.append(
-                    f"config_hash = {record['config_hash']!r} is not that of config, {expected!r}"
-                )
-    if faults:
-        raise ResultError("not a result:\n  " + "\n  ".join(faults))
+    from . import schemas  # needs pydantic, which the machine that trains may lack
 
-
-def _check_per_image(record: Mapping, per_image: Mapping[str, Tensor]) -> None:
-    """Per-image values are finite float32 vectors, and the metrics of their names are theirs."""
+    try:
+        schemas.validate(schemas.ResultRecord, record, "the result")
+    except schemas.FormatError as error:
+        raise ResultError(str(error)) from error
     faults = []
-    for name, values in per_image.items():
+    for name, values in (per_image or {}).items():
         if not isinstance(values, Tensor) or values.dtype != torch.float32 or values.ndim != 1:
-            described = (
-                f"{values.dtype} of shape {tuple(values.shape)}"
-                if isinstance(values, Tensor)
-                else type(values).__name__
-            )
-            faults.append(f"per_image[{name!r}] is {described}, expected a float32 tensor [N]")
+            kind = getattr(values, "dtype", type(values).__name__)
+            faults.append(f"{name!r} is {kind}, expected a float32 tensor [N]")
         elif name not in record["metrics"]:
-            faults.append(f"per_image[{name!r}] has no metric of its name")
+            faults.append(f"{name!r} has no metric of its name")
         else:
-            try:
-                found = mean_and_se(values)
-            except ValueError as error:
-                faults.append(f"per_image[{name!r}]: {error}")
-                continue
-            metric = Estimate(**record["metrics"][name])
-            close = math.isclose(found.mean, metric.mean, rel_tol=1e-5, abs_tol=1e-6)
-            close = close and math.isclose(found.se, metric.se or 0.0, rel_tol=1e-4, abs_tol=1e-6)
-            if found.n != metric.n or not close:
-                faults.append(
-                    f"metrics[{name!r}] states {metric}, its per-image values give {found}"
-                )
+            faults += _disagreements(name, values, Estimate(**record["metrics"][name]))
     if faults:
         raise ResultError("per-image values do not fit the result:\n  " + "\n  ".join(faults))
+
+
+def _disagreements(name: str, values: Tensor, metric: Estimate) -> list[str]:
+    try:
+        found = mean_and_se(values)
+    except ValueError as error:
+        return [f"{name!r}: {error}"]
+    close = math.isclose(found.mean, metric.mean, rel_tol=1e-5, abs_tol=1e-6)
+    close = close and math.isclose(found.se, metric.se or 0.0, rel_tol=1e-4, abs_tol=1e-6)
+    if close and found.n == metric.n:
+        return []
+    return [f"metrics[{name!r}] states {metric}, its per-image values give {found}"]
 
 
 def save_result(
@@ -496,10 +354,11 @@ def save_result(
     """Check a result and write it: the per-image values first, then the JSON that vouches for them.
 
     A process killed in between leaves a pair that :func:`load_result` refuses, never one that mixes
-    two runs. Both are on the disk before either takes its name: a full disk changes nothing.
+    two runs.
 
     :param root: the folder of all studies, ``data/results`` for results that are committed.
-    :param record: as in the table at the head of this module, without ``per_image_sha256``.
+    :param record: a :class:`amortised.schemas.ResultRecord` as plain data, without
+        ``per_image_sha256``.
     :param per_image: ``{metric: values}``, float32 ``[N]``; row n belongs to image n.
     :returns: path of the JSON file.
     :raises ResultError: if anything departs from the format, before anything is written.
@@ -517,11 +376,11 @@ def save_result(
     ('vae-smoke-seed0.json', [-90.0, -92.0])
     """
     record = {**record, "per_image_sha256": None}
-    check_result(record)
+    check_result(record, per_image)
     path = result_path(root, *(record[key] for key in ("study", "row", "scale", "seed")))
+    values = path.with_suffix(".safetensors")
     content = None
     if per_image:
-        _check_per_image(record, per_image)
         described = {key: record[key] for key in ("study", "row", "scale", "seed", "config_hash")}
         content = safetensors.torch.save(
             {name: values.detach().cpu().contiguous() for name, values in per_image.items()},
@@ -530,16 +389,15 @@ def save_result(
         record["per_image_sha256"] = hashlib.sha256(content).hexdigest()
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
     waiting = path.with_name(f".{path.name}.tmp")
-    try:
+    try:  # both are on the disk before either takes its name: a full disk changes nothing
         atomic_write(waiting, f"{text}\n".encode())
         if content is not None:
-            atomic_write(path.with_suffix(".safetensors"), content)
+            atomic_write(values, content)
         os.replace(waiting, path)
-    except BaseException:
+    finally:
         waiting.unlink(missing_ok=True)
-        raise
     if content is None:
-        path.with_suffix(".safetensors").unlink(missing_ok=True)
+        values.unlink(missing_ok=True)
     return path
 
 
@@ -560,36 +418,27 @@ def load_result(path: str | Path) -> Result:
     path = Path(path)
     try:
         record = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ResultError(f"{path} is not JSON: {error}. Run this row again.") from error
-    if not isinstance(record, dict):
-        raise ResultError(f"{path} holds a {type(record).__name__}, not the record of a result")
-    try:
         check_result(record)
         own = result_path("", *(record[key] for key in ("study", "row", "scale", "seed")))
-        if (own.parent.name, own.name) != (path.absolute().parent.name, path.name):
+        if own.parts != path.absolute().parts[-2:]:
             raise ResultError(f"it is the result {own.as_posix()} by its content")
-        per_image = _load_per_image(path.with_suffix(".safetensors"), record)
-        _check_per_image(record, per_image)
-    except ResultError as error:
-        raise ResultError(f"{path}: {error}") from error
+        per_image = _load_per_image(path.with_suffix(".safetensors"), record["per_image_sha256"])
+        check_result(record, per_image)
+    except ValueError as error:
+        raise ResultError(f"{path}: {error}. Run this row again.") from error
     return Result(record, per_image)
 
 
-def _load_per_image(path: Path, record: Mapping) -> dict[str, Tensor]:
-    expected = record.get("per_image_sha256")
-    if expected is None:
-        if path.exists():
-            raise ResultError(f"{path.name} lies beside a result that has no per-image values")
+def _load_per_image(path: Path, expected: str | None) -> dict[str, Tensor]:
+    if expected is None and not path.exists():
         return {}
     if not path.is_file():
-        raise ResultError(f"its per-image values, {path.name}, are missing. Run this row again.")
+        raise ResultError(f"its per-image values, {path.name}, are missing")
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise ResultError(
-            f"{path.name} has SHA-256 {found}, expected {expected}: it is damaged or of another "
-            "run. Run this row again."
+            f"{path.name} has SHA-256 {found}, expected {expected}: it is damaged or of another run"
         )
     return safetensors.torch.load(content)
 
@@ -615,7 +464,7 @@ def save_weights(
     :param dtype: type to store floating-point tensors in; their own by default. Evaluate the module
         as :func:`load_weights` gives it back, if the numbers shall belong to the file.
     :raises TypeError: if ``architecture`` or ``details`` holds a value that is no JSON.
-    :raises ValueError: if a weight is not finite; the tensors are named.
+    :raises FloatingPointError: if a weight is not finite in that type; the tensors are named.
     :raises OSError: if the file cannot be written; one that was there stays.
 
     >>> import tempfile
@@ -638,7 +487,9 @@ def save_weights(
         if value.is_floating_point() and not value.isfinite().all()
     ]
     if bad:
-        raise ValueError(f"weights are not finite: {', '.join(bad)}; nothing is saved")
+        raise FloatingPointError(
+            f"weights are not finite as {dtype or 'they are'}: {', '.join(bad)}; nothing is saved"
+        )
     described = {"architecture": dict(architecture), "details": dict(details or {})}
     content = safetensors.torch.save(
         {name: value.contiguous().clone() for name, value in tensors.items()},

@@ -30,7 +30,6 @@ from .results import (
     load_result,
     markdown_table,
     mean_and_se,
-    trained_with,
 )
 
 __all__ = [
@@ -336,7 +335,6 @@ def run_table(results: Study, study: str, labels: Mapping[str, str]) -> Table:
         devices = {
             run["provenance"]["device"]["name"]
             + (f", {n} threads" if (n := run["provenance"]["device"].get("threads", 1)) > 1 else "")
-            + (f", {len(s)} seeds together" if (s := trained_with(run)) else "")
             for run in runs
         }
         minutes = math.fsum(fact["wall_seconds"] for fact in facts) / len(facts) / 60

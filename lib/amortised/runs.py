@@ -1,0 +1,320 @@
+r"""Runs: folders in which finished stages are files.
+
+A run is one row of a study at one scale with one seed. Its folder
+``runs/<study>/<row>-<scale>-seed<k>-<hash>`` is named after the hash of its options, of its
+recipe's version and of the run that it builds on: other options are another folder. In it are
+
+====================== ============================================================================
+``run.json``           the options, complete and checked (:mod:`amortised.experiments` writes it)
+``training-*``         the checkpoint of a training at work, and the one before it
+``*.safetensors``      weights of the trained networks, half precision; what is evaluated is, to the
+                       bit, what these files hold
+``training.json``      written after the weights: the training is finished
+``<stage>-*.stage``    finished parts of the evaluation, such as blocks of 100 images
+``result.json``        written last, after ``per_image.stage``: the run is finished
+====================== ============================================================================
+
+A stage whose file exists is not done again, and that is the whole state. Killed at any moment, a
+run goes on with the same numbers. It needs torch, numpy, safetensors and tqdm, and no more:
+
+.. code-block:: none
+
+    python -m amortised.runs runs/amc_table1/vae-laptop-seed0-1a2b3c4d --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import checks, data, results
+from .cuda import CapturedFunction
+from .files import LockedError, OutOfTimeError, Work, atomic_write, lock, save_tree
+from .numerics import argument_validation
+from .recipes import ARCHITECTURES, RECIPES, Outcome, Run
+from .training import FitResult, fit, half_cosine
+
+__all__ = ["execute", "folder_name", "main", "read_json", "write_json"]
+
+EXIT_FAILED, EXIT_USAGE, EXIT_OUT_OF_TIME = 1, 2, 3
+HISTORY_LENGTH = 40  # means of the losses that a result keeps
+
+
+def folder_name(run: Mapping[str, object]) -> str:
+    """``study/row-scale-seedK-hash``: other options, another version, another folder.
+
+    :param run: what ``run.json`` holds.
+
+    >>> folder_name({"study": "s", "row": "r", "scale": "laptop", "seed": 0, "config": {},
+    ...              "recipe_version": 1, "builds_on": None})
+    's/r-laptop-seed0-1e6f2bca'
+    """
+    facts = {"config": run["config"], "recipe_version": run["recipe_version"]}
+    if run["builds_on"] is not None:
+        facts["builds_on"] = {k: run["builds_on"][k] for k in ("config_hash", "recipe_version")}
+    digest = results.config_hash(facts)[:8]
+    return f"{run['study']}/{run['row']}-{run['scale']}-seed{run['seed']}-{digest}"
+
+
+def read_json(path: Path) -> dict | None:
+    """The content of a JSON file of a run; ``None`` if it is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write it, atomically."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    atomic_write(path, f"{text}\n".encode())
+
+
+def execute(
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    stop_at: float = math.inf,
+    training_only: bool = False,
+) -> dict:
+    """Train and evaluate a run, or go on with it.
+
+    :param folder: holds ``run.json``.
+    :param device: where to compute.
+    :param stop_at: value of ``time.monotonic()`` at which to stop.
+    :param training_only: stop when the weights are there.
+    :return: the content of ``result.json``, or of ``training.json``.
+    :raises ValueError: when there is no ``run.json``, no such device, or no weights of the run that
+        this one builds on; nothing has been done then.
+    :raises amortised.files.OutOfTimeError: when the time to stop has come; what is done is kept.
+    :raises amortised.files.LockedError: when another process is at work on the run.
+    """
+    folder = Path(folder)
+    spec = read_json(folder / "run.json")
+    if spec is None:
+        raise ValueError(f"{folder} holds no run.json; `python -m amortised.experiments` makes it")
+    problem = checks.device()(device)
+    if problem:
+        raise ValueError(f"device {device!r}: must be {problem}")
+    weights = folder
+    if spec["builds_on"] is not None:
+        weights = folder.parents[1] / spec["builds_on"]["folder"]
+        if read_json(weights / "training.json") is None:
+            raise ValueError(
+                f"{folder} builds on {weights}, which is not trained; first run\n"
+                f"  python -m amortised.runs {weights} --training-only"
+            )
+    with lock(folder):
+        goal = folder / ("training.json" if training_only else "result.json")
+        found = read_json(goal)
+        if found is None:
+            _work(folder, spec, torch.device(device), stop_at, weights, training_only)
+            found = read_json(goal)
+    return found
+
+
+def _work(
+    folder: Path,
+    spec: Mapping[str, object],
+    device: torch.device,
+    stop_at: float,
+    weights: Path,
+    training_only: bool,
+) -> None:
+    """Do the stages that are missing. A run that diverges is a result, too: it has failed."""
+    started, cpu_started = time.time(), time.process_time()
+    is_resumed = any(folder.glob("*.stage")) or any(folder.glob("*.safetensors"))
+    facts = results.provenance(device, started=started)  # of the code as it was read
+    run = Run(spec["seed"], spec["config"], device, Work(folder, stop_at=stop_at), weights)
+    training = read_json(folder / "training.json")
+    try:
+        with _seeded(run.seed, device):
+            if training is None and RECIPES[spec["recipe"]].build is not None:
+                training = _train(run, spec, facts)
+            if training_only:
+                return
+            outcome = _evaluate(run, spec)
+    except FloatingPointError as error:
+        outcome = str(error)
+        if training is None:
+            write_json(folder / "training.json", {"reason": outcome})
+    cpu_seconds = None if is_resumed else round(time.process_time() - cpu_started, 1)
+    _finish(folder, spec, training or {}, outcome, facts, cpu_seconds)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The global streams seeded meanwhile, and the device current: graphs are captured there."""
+    is_cuda = device.type == "cuda"
+    with (
+        torch.cuda.device(device) if is_cuda else contextlib.nullcontext(),
+        torch.random.fork_rng(devices=[device] if is_cuda else []),
+    ):
+        torch.manual_seed(seed)
+        yield
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def _train(run: Run, spec: Mapping[str, object], facts: Mapping[str, object]) -> dict:
+    """Train the networks of a run, and write their weights and then ``training.json``.
+
+    All learning rates fall along half a cosine; batches are binarised anew at each visit.
+    """
+    config, folder = run.config, run.work.folder
+    training = RECIPES[spec["recipe"]].build(config, run.device)
+    levels = data.load_mnist("train", dtype=torch.uint8).images[: config["training_images"]]
+    levels = levels.to(run.device)
+    state = training.networks | {f"{k} optimizer": o for k, o in training.optimizers.items()}
+
+    def update(index: Tensor) -> Mapping[str, Tensor]:
+        return training.step(data.binarise(levels[index]), index)
+
+    # Validation of a distribution's arguments looks at values, which a captured graph cannot; and
+    # it would stop a run that diverges with an error of its own, before `fit` sees the loss.
+    with argument_validation(False):
+        result = fit(
+            CapturedFunction(update, state) if run.device.type == "cuda" else update,
+            torch.arange(len(levels), device=run.device),
+            state,
+            epochs=config["epochs"],
+            batch_size=config["batch_size"],
+            seed=run.seed,
+            schedule=half_cosine,
+            work=run.work.stage("training"),
+        )
+    kinds = {"decoder": "decoder", "encoder": config.get("encoder", "gaussian")}
+    for role, kind in kinds.items():
+        if role in training.networks:
+            details = {**spec, "provenance": facts}
+            path = folder / f"{role}.safetensors"
+            network = training.networks[role]
+            results.save_weights(path, network, ARCHITECTURES[kind], details, dtype=torch.float16)
+    found = training.details | {
+        "steps": result.num_steps,
+        "seconds": round(result.seconds, 2),
+        "history": _history(result),
+    }
+    write_json(folder / "training.json", found)
+    for path in folder.glob("training-checkpoint.stage*"):
+        path.unlink()
+    return found
+
+
+def _history(result: FitResult) -> dict[str, list[float]]:
+    """Each loss as a few means over consecutive stretches of the training."""
+    return {
+        name: [
+            round(part.double().mean().item(), 4)
+            for part in values.tensor_split(min(HISTORY_LENGTH, len(values)))
+        ]
+        for name, values in result.history.items()
+    }
+
+
+# --- evaluation and result -----------------------------------------------------------------------
+
+
+def _evaluate(run: Run, spec: Mapping[str, object]) -> Outcome:
+    training = read_json(run.weights / "training.json")
+    if "reason" in training:
+        raise FloatingPointError(training["reason"])
+    return RECIPES[spec["recipe"]].evaluate(run)
+
+
+def _finish(
+    folder: Path,
+    spec: Mapping[str, object],
+    training: Mapping[str, object],
+    outcome: Outcome | str,
+    facts: dict,
+    cpu_seconds: float | None,
+) -> None:
+    """Write the values per image, then the result; ``outcome`` may be why the run has failed."""
+    details = dict(training)
+    seconds = {"training": details.pop("seconds")} if "seconds" in details else {}
+    if isinstance(outcome, str):
+        conclusion = {"status": "failed", "reason": outcome, "metrics": {}}
+    else:
+        per_image = {name: values.cpu().float() for name, values in outcome.per_image.items()}
+        save_tree(folder / "per_image.stage", per_image)
+        conclusion = {"status": "done", "metrics": results.summarise(per_image)}
+        seconds |= {name: round(value, 2) for name, value in outcome.seconds.items()}
+        details |= outcome.details
+    facts["wall_seconds"] = max(sum(seconds.values()), facts["wall_seconds"])
+    details |= {"cpu_seconds": cpu_seconds} | ({"seconds": seconds} if seconds else {})
+    if spec["builds_on"] is not None:
+        details["builds_on"] = {
+            key: spec["builds_on"][key] for key in ("config_hash", "recipe_version")
+        }
+    names = ("study", "row", "scale", "seed", "config", "config_hash", "recipe_version")
+    record = {name: spec[name] for name in names}
+    conclusion |= {"provenance": facts, "details": details}
+    write_json(folder / "result.json", record | conclusion)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m amortised.runs FOLDER``; see the head of this module."""
+    parser = argparse.ArgumentParser(prog="python -m amortised.runs", description="Work on a run.")
+    parser.add_argument("folder", type=Path, help="holds run.json")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
+    parser.add_argument("--training-only", action="store_true", help="stop at the weights")
+    add_limits(parser)
+    options = parser.parse_args(arguments)
+    try:
+        stop_at = apply_limits(options)
+        found = execute(
+            options.folder,
+            device=options.device,
+            stop_at=stop_at,
+            training_only=options.training_only,
+        )
+    except OutOfTimeError as error:
+        return stop(f"{error}; the same command goes on from here", EXIT_OUT_OF_TIME)
+    except (LockedError, OSError, ValueError) as error:
+        return stop(str(error), EXIT_USAGE)
+    except KeyboardInterrupt:
+        return stop("stopped; the same command goes on from here", 130)
+    print(f"{options.folder}: " + (f"failed: {found['reason']}" if "reason" in found else "done"))
+    return 0
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """The options that limit threads and time."""
+    parser.add_argument("--threads", type=int, help="processor threads; default: PyTorch's")
+    parser.add_argument(
+        "--max-minutes", type=float, help="stop after this time, with exit code 3; it can go on"
+    )
+
+
+def apply_limits(options: argparse.Namespace) -> float:
+    """Set the number of threads, and say when to stop.
+
+    :raises ValueError: for numbers that are not positive.
+    """
+    for name in ("threads", "max_minutes"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.max_minutes is None:
+        return math.inf
+    return time.monotonic() + 60.0 * options.max_minutes
+
+
+def stop(message: str, code: int) -> int:
+    """Say why a command ends, and with which code."""
+    print(message, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

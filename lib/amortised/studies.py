@@ -1,0 +1,283 @@
+r"""The file of studies and the options of each recipe, as pydantic models.
+
+A study of ``workflow/experiments.yaml`` has a recipe, options that all of its rows share
+(``common``), options of each scale, and rows with their own; the later override the former. Every
+option of the recipe must then be there, and nothing else: no default hides in the code. A row's
+``scales``, ``seeds`` and ``keep`` are not options of the run; they say which runs there are, and
+which networks of seed 0 go to ``data/models``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import yaml
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError, model_validator
+
+from . import data
+from .recipes import RECIPES
+from .schemas import FormatError, Name, Seed, Strict, explain
+
+__all__ = ["OPTIONS", "SCALES", "AmcOptions", "Experiment", "ImputationOptions", "Study",
+           "VaeOptions", "load_studies"]  # fmt: skip
+
+SCALES = ("laptop", "full")
+"""``laptop``: minutes to an hour on one core, three seeds. ``full``: on a GPU."""
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Encoder = Literal["none", "gaussian", "cnn_g", "cnn_b"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+# --- options of the recipes ----------------------------------------------------------------------
+
+
+class TrainingOptions(Strict):
+    """Options of every recipe that trains."""
+
+    training_images: Annotated[int, Field(ge=1, le=60_000)]
+    epochs: PositiveInt
+    batch_size: Annotated[int, Field(ge=1, le=60_000)]
+    learning_rate: Positive
+    num_student_samples: PositiveInt
+    """Samples of the encoder for each image."""
+
+    images: Annotated[int, Field(ge=2, le=10_000)]
+    """Test images of the evaluation; the following are its settings, too."""
+    num_chains: PositiveInt
+    pilot_chains: PositiveInt
+    num_temperatures: PositiveInt
+    num_leapfrog: PositiveInt
+    simulated_pairs: Annotated[int, Field(ge=2)]
+    num_samples: PositiveInt
+    proposal_epochs: PositiveInt
+    evaluation_dtype: Dtype
+
+    @model_validator(mode="after")
+    def _a_batch_fits(self) -> Self:
+        if self.batch_size > self.training_images:
+            raise ValueError(
+                f"batch_size = {self.batch_size} is more than training_images = "
+                f"{self.training_images}"
+            )
+        return self
+
+
+class AmcOptions(TrainingOptions):
+    """Options of :func:`amortised.recipes.amc_training`."""
+
+    method: Literal["vae", "mcmc_vi", "amc", "avb", "persistent"]
+    encoder: Encoder
+    kernel: Literal["none", "langevin", "mala", "hmc"]
+    rule: Literal["none", "gan", "wasserstein", "mmd", "inclusive_kl"]
+    num_steps: Annotated[int, Field(ge=0)]
+    step_size: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    num_leapfrog_steps: PositiveInt
+    num_critic_steps: PositiveInt
+    game_learning_rate: Positive
+    chain_dtype: Dtype
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        has_chain = self.method in ("mcmc_vi", "amc", "persistent")
+        needs_density = self.method in ("vae", "mcmc_vi") or self.rule == "inclusive_kl"
+        for is_wrong, option, why in (
+            ((self.encoder == "none") != (self.method == "persistent"), "encoder", ""),
+            (needs_density and self.encoder != "gaussian", "encoder", ", which needs a density"),
+            (has_chain != (self.kernel != "none"), "kernel", ""),
+            (has_chain != (self.num_steps > 0), "num_steps", ""),
+            (has_chain != (self.step_size > 0), "step_size", ""),
+            ((self.method == "amc") != (self.rule != "none"), "rule", ""),
+            (self.rule == "mmd" and self.num_student_samples < 8, "num_student_samples",
+             " and rule = 'mmd', which needs at least 8"),
+        ):  # fmt: skip
+            if is_wrong:
+                value = getattr(self, option)
+                raise ValueError(
+                    f"{option} = {value!r} does not go with method = {self.method!r}{why}"
+                )
+        return self
+
+
+class VaeOptions(TrainingOptions):
+    """Options of :func:`amortised.recipes.vae_training`."""
+
+    objective: Literal["elbo", "iwae", "dreg"]
+
+
+class ImputationOptions(Strict):
+    """Options of :func:`amortised.recipes.evaluate_imputation`."""
+
+    trained_study: Name
+    """With ``trained``: the row whose weights, of the same scale and seed, are used."""
+    trained: Name
+    images: Annotated[int, Field(ge=2, le=10_000)]
+    num_chains: PositiveInt
+    iterations: PositiveInt
+    num_temperatures: PositiveInt
+    step_size: Positive
+    num_leapfrog: PositiveInt
+    reference_steps: PositiveInt
+
+
+OPTIONS: dict[str, type[Strict]] = {
+    "amc": AmcOptions,
+    "vae": VaeOptions,
+    "imputation": ImputationOptions,
+}
+"""The options of each recipe of :data:`amortised.recipes.RECIPES`."""
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+Scale = Literal["laptop", "full"]
+Options = dict[str, Any]
+
+
+class Row(Strict):
+    """What a row says of itself beside its options."""
+
+    scales: Annotated[list[Scale], Field(min_length=1)] | None = None
+    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
+    keep: tuple[Literal["decoder", "encoder"], ...] = Field((), strict=False)
+
+
+class Study(Strict):
+    """A study as it stands in the file."""
+
+    title: str
+    recipe: Literal[tuple(RECIPES)]
+    recipe_version: PositiveInt
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    common: Options
+    scales: dict[Scale, Options]
+    rows: dict[Name, Options | None]
+
+
+class File(Strict):
+    studies: dict[Name, Study]
+
+
+class Experiment(NamedTuple):
+    """One run that can be asked for: a row at a scale with a seed.
+
+    :ivar config: its options, complete and checked.
+    :ivar keep: roles of the networks whose weights of seed 0 go to ``data/models``.
+    :ivar needs: the run whose weights it builds on, or None.
+    """
+
+    study: str
+    row: str
+    scale: str
+    seed: int
+    recipe: str
+    recipe_version: int
+    config: dict
+    keep: tuple[str, ...]
+    needs: Experiment | None
+
+    @property
+    def name(self) -> str:
+        """``study/row-scale-seedK``."""
+        return f"{self.study}/{self.row}-{self.scale}-seed{self.seed}"
+
+
+def load_studies(path: str | os.PathLike | None = None) -> dict[str, list[Experiment]]:
+    """Read and check a file of studies.
+
+    :param path: YAML; by default ``workflow/experiments.yaml`` of the project.
+    :return: the runs of each study, in the order of the file.
+    :raises FormatError: with every fault: unknown names, options that are missing, out of range or
+        at odds with each other, rows to build on that do not exist; each with the choices.
+
+    >>> load_studies()["amc_table1"][0].name
+    'amc_table1/vae-laptop-seed0'
+    """
+    path = data.data_folder().parent / "workflow/experiments.yaml" if path is None else Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
+        faults = list(_repeated_keys(yaml.compose(text)))
+    except FileNotFoundError:
+        raise FormatError(f"there is no file of studies {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} is not YAML: {error}") from None
+    file = _validated(File, tree, "", faults)
+    found: dict[str, list[Experiment]] = {}
+    for name, study in {} if file is None else file.studies.items():
+        found[name] = [
+            experiment
+            for row, options in study.rows.items()
+            for experiment in _runs(name, study, row, options or {}, faults)
+        ]
+    if not faults:
+        found = {name: [_tied(run, found, faults) for run in runs] for name, runs in found.items()}
+    if faults:
+        raise FormatError("\n  ".join([f"{path} cannot be used:", *dict.fromkeys(faults)]))
+    return found
+
+
+def _validated(kind: Any, tree: object, where: str, faults: list[str]) -> Any:
+    """``tree`` as an instance of ``kind``, or None and its faults in the list."""
+    try:
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        lines = explain(error, kind, where).split("\n  ")[1:]
+        faults += [f"{where}{': ' * bool(where)}{line}" for line in lines]
+        return None
+
+
+def _repeated_keys(node: yaml.Node | None) -> Iterator[str]:
+    """Keys that stand twice in one mapping; YAML would silently forget the first."""
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        for key, value in node.value:
+            if keys.count(key.value) > 1:
+                yield f"line {key.start_mark.line + 1}: {key.value!r} stands there twice"
+            yield from _repeated_keys(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _repeated_keys(item)
+
+
+def _runs(
+    name: str, study: Study, row: str, options: Mapping[str, Any], faults: list[str]
+) -> Iterator[Experiment]:
+    """The runs of one row: each of its scales with each of its seeds."""
+    where = f"studies.{name}.rows.{row}"
+    about = {key: value for key, value in options.items() if key in Row.model_fields}
+    settings = _validated(Row, about, where, faults)
+    if settings is None:
+        return
+    for scale in settings.scales or study.scales:
+        if scale not in study.scales:
+            faults.append(f"{where}: the study has no scale {scale!r}: {', '.join(study.scales)}")
+            continue
+        own = {key: value for key, value in options.items() if key not in about}
+        config = study.common | study.scales[scale] | own
+        if _validated(OPTIONS[study.recipe], config, f"{where} at {scale}", faults) is None:
+            continue
+        for seed in settings.seeds or study.seeds:
+            yield Experiment(name, row, scale, seed, study.recipe, study.recipe_version, config,
+                             settings.keep, None)  # fmt: skip
+
+
+def _tied(
+    run: Experiment, studies: Mapping[str, list[Experiment]], faults: list[str]
+) -> Experiment:
+    """The run with the one whose weights it builds on."""
+    if "trained" not in run.config:
+        return run
+    wanted = (run.config["trained_study"], run.config["trained"], run.scale, run.seed)
+    others = studies.get(wanted[0], [])
+    needs = next((other for other in others if other[:4] == wanted), None)
+    if needs is None:
+        rows = ", ".join(dict.fromkeys(other.row for other in others)) or "none"
+        faults.append(
+            f"{run.name}: there is no run {wanted[0]}/{wanted[1]}-{run.scale}-seed{run.seed} to "
+            f"build on. Rows of {wanted[0]}: {rows}"
+        )
+    return run._replace(needs=needs)
