@@ -257,7 +257,9 @@ def test_a_discrete_student_learns_the_marginals_of_an_exact_teacher():
 
 
 @pytest.mark.parametrize(
-    "rule", [amc.gan(2), amc.wasserstein(2, penalty_weight=0.1), "mmd"], ids=str
+    "rule",
+    [amc.gan(2), amc.wasserstein(2, penalty_weight=0.1), "mmd"],
+    ids=["gan", "wasserstein", "mmd"],
 )
 def test_each_rule_without_a_density_draws_the_student_to_the_teacher(rule):
     """Teachers N(-1.5, 0.5^2) and N(1.5, 0.5^2): the student must find the one of each x."""
@@ -457,12 +459,7 @@ def coin_flips(x):
 @pytest.mark.parametrize(
     ("names", "settings", "error", "message"),
     [
-        (
-            "me",
-            {"rule": "kl"},
-            ValueError,
-            r"must be one of gan, wasserstein, mmd, incl.*'kl'",
-        ),
+        ("me", {"rule": "kl"}, ValueError, r"must be one of gan, wasserstein, mmd, incl.*'kl'"),
         ("med", {}, ValueError, "rule 'gan' needs a discriminator"),
         ("me", {"rule": "mmd", "discriminator": never}, ValueError, "'mmd' has no discriminator"),
         ("me", {"discriminator": never}, ValueError, r"for discriminator, enc.*got model, enc"),
@@ -473,11 +470,9 @@ def coin_flips(x):
 )
 def test_mistakes_are_named_before_any_work(names, settings, error, message):
     networks, x = toy(), torch.randn(5, 4)
-    names = [name for name in NAMES if name[0] in names]
+    optimizers = sgd(networks, *(name for name in NAMES if name[0] in names))
     with pytest.raises(error, match=message):
-        amc.amc_step(
-            x, networks["model"], coin_flips, sgd(networks, *names), teacher=never, **settings
-        )
+        amc.amc_step(x, networks["model"], coin_flips, optimizers, teacher=never, **settings)
 
 
 def test_students_without_a_density_are_refused_where_one_is_needed():
