@@ -132,6 +132,7 @@ def fit(
     """
     tensors = data if isinstance(data, tuple) else (data,)
     _check_data(tensors, epochs, batch_size)
+    _check_state(state)
     steps_per_epoch = len(tensors[0]) // batch_size
     total = epochs * steps_per_epoch
     save_every = min(steps_per_epoch, max(1, total // _FEWEST_CHECKPOINTS))
@@ -284,6 +285,15 @@ def _check_data(tensors: tuple[Tensor, ...], epochs: int, batch_size: int) -> No
             f"data has {len(tensors[0])} examples, fewer than one batch of {batch_size}; "
             "use a smaller batch_size"
         )
+
+
+def _check_state(state: Mapping[str, object]) -> None:
+    for name, thing in state.items():
+        if not isinstance(thing, Tensor) and not hasattr(thing, "load_state_dict"):
+            raise TypeError(
+                f"state[{name!r}] is a {type(thing).__name__}; give a tensor, a module, an optimiser "
+                "or another object with state_dict and load_state_dict"
+            )
 
 
 def _check_same(path: Path, before: Mapping[str, int], now: Mapping[str, int]) -> None:
