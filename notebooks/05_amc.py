@@ -170,12 +170,20 @@ assert frames[-1][1] < 0.2 * frames[0][1]
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-projected", "caption": "Projected gradient descent. The posterior (green) has two valleys. The student $q$ (orange) proposes; its draws (pink) flow towards the posterior for eight Langevin steps; then $q$ takes their mean and covariance, and the next round begins. Bar: the exact $\\operatorname{KL}(p \\,\\|\\, q)$."}, "image": {"alt": "Animation: a small orange circle between two green valleys. Pink points spread from it into both valleys; the circle jumps to a long tilted ellipse around them, and changes little after that. A bar on the right falls."}}
 def draw(figure, frame):
-    q, divergence, z = frames[frame]
-    title = f"round {frame // 3 + 1}: {4 * (frame % 3) or 'no'} steps"
-    laws = (partial(fold.log_joint, x), q.log_prob)
-    plotting.draw_flow(figure, *laws, z, divergence, (-3, 3.4, -2.4, 3), title=title, top=13)
+    q, divergence, draws = frames[frame]
+    plane, bar = figure.subplots(1, 2, width_ratios=(5, 1))
+    view = {"extent": window, "ax": plane, "num_points": 61}
+    plotting.show_density(lambda z: fold.log_joint(x, z.float()), **view)
+    ellipse = {"colour": orange, "masses": (0.9,), "fill": False}
+    plotting.show_density(lambda z: q.log_prob(z.float()), **view, **ellipse)
+    plane.plot(*draws[:250].T, ".", color=plotting.COLOURS["samples"], ms=3)
+    plane.set(xlim=window[:2], ylim=window[2:], xlabel="$z_1$", ylabel="$z_2$")
+    plane.set_title(f"round {frame // 3 + 1}: {4 * (frame % 3) or 'no'} steps")
+    bar.bar([0], [divergence], color=plotting.COLOURS["bound"], alpha=0.5)
+    bar.set(ylim=(0, 13), xticks=[], ylabel="nats")
 
 
+window, orange = (-3, 3.4, -2.4, 3), plotting.COLOURS["approximation"]
 plotting.animate(
     draw, len(frames), size=(4.6, 3.4), fps=2, dpi=100, num_colours=64,
     alt="Draws flow into two valleys and an ellipse follows them.",
@@ -237,12 +245,38 @@ print(
 # The last number matters too. In a latent direction that the image does not determine, $\lambda = 1$, a share $a^T \approx e^{-\eta T \lambda / 2} \approx 0.6$ of the start survives in both settings.
 # There the student, or a stored chain, supplies the answer, not the teacher.
 
+
+# %% tags=["hide-input"]
+def show_inflation(ax):
+    for eta, style in zip(inflation, "os", strict=True):
+        precisions, ratio = inflation[eta]
+        grid = torch.logspace(-0.5, math.log10(3.9 / eta), 100)
+        [line] = ax.plot(grid, 1 / (1 - eta * grid / 4), label=rf"$\eta = {eta:g}$")
+        ax.plot(precisions, ratio, style, color=line.get_color(), ms=5)
+        ax.axvline(4 / eta, linestyle=":", color=line.get_color())
+    ax.set(xscale="log", ylim=(0.8, 8), xlabel=r"precision $\lambda$")
+    ax.set_ylabel("variance / exact variance")
+    ax.legend(loc="upper left")
+
+
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-bias", "caption": "Left: variance of an unadjusted Langevin chain over that of its target, from {eq}`eq-amc-ula` (lines) and simulated (points), with the limits of stability (dotted). Right: the published log-likelihoods in nats, {cite:t}`li2017amc`, Table 1."}, "image": {"alt": "Left, two curves that rise to infinity at precision 20 and 200. Right, ten dots: four rows with step 0.2 lie close together near minus 89.5, most others far to the right of them."}}
 shown = {"η = 0.2": {}, "η = 0.02": {}, "no chain": {}}
 for row in sorted(published, key=lambda row: row["value"]):
     kind = next((k for k in shown if row["row"].endswith(k.replace("η = ", "="))), "no chain")
     shown[kind][row["row"].split(" T=")[0].replace(" |", ",")] = row["value"]
-plotting.langevin_bias(inflation, shown)
+names = list(dict.fromkeys(name for group in shown.values() for name in group))
+figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.4))
+show_inflation(left)
+for i, (title, group) in enumerate(shown.items()):
+    values = [group.get(name, math.nan) for name in names]
+    heights = [row + 0.16 * (i - 1) for row in range(len(names))]
+    right.plot(values, heights, "osD"[i], fillstyle="none", ms=5, label=title)
+right.set_yticks(range(len(names)), labels=names)
+right.set(xlabel="nats", ylim=(len(names) - 0.5, -0.5))
+right.grid(axis="x")
+right.tick_params(left=False)
+right.spines["left"].set_visible(False)
+right.legend(fontsize=7, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0))
 plt.show()
 
 # %% [markdown]
@@ -294,7 +328,7 @@ markdown_table(header, [(name, *v.tolist()) for name, v in after.items()])
 # The Wasserstein game replaces the logistic loss by a difference of means, with a penalty on slopes in $z$ at fixed $x$ {cite:p}`arjovsky2017wgan,gulrajani2017wgangp`.
 # The maximum mean discrepancy (MMD) needs no opponent, but several draws per image {cite:p}`gretton2012mmd`.
 #
-# In code the rule is an argument of {py:func}`amortised.amc.amc_step`, and so are the student, the teacher's kernel, and whose $z$ trains the decoder. Games differ from seed to seed, so each rule trains several students side by side.
+# In code the rule is an argument of {py:func}`amortised.amc.amc_step`, and so are the student and the teacher with its kernel. Games differ from seed to seed, so each rule trains several students side by side.
 
 
 # %%
@@ -312,7 +346,7 @@ def student(kind):
 def distil(kind, step=amc.amc_step, **settings):
     """Draws ``[K, num_students, 3, 2]`` after distillation, and the networks."""
     networks, x = {"encoder": student(kind)}, x_fold.repeat(num_students, 1)
-    if step is amc.avb_step or settings["rule"] in ("gan", "wasserstein"):
+    if step is amc.avb_step or settings["rule"].is_game:
         networks["discriminator"] = adversarial.Discriminator(2, nn.Identity(), 2)
         networks["discriminator"].head = BlockPerceptrons(num_students, 4, 48, 48, 1)
         settings["discriminator"] = networks["discriminator"]
@@ -352,11 +386,12 @@ teachers = {
     "HMC": partial(run, num_steps=1, step_size=0.25, kernel=partial(mcmc.hmc_step, num_steps=5)),
 }
 rules = {
-    "GAN": {"kind": "implicit", "rule": "gan", "num_critic_steps": 2},
-    "Wasserstein": {"kind": "implicit", "rule": "wasserstein", "num_critic_steps": 2, "penalty_weight": 0.1},
-    "MMD": {"kind": "implicit", "rule": "mmd"},
-    "KL, Gaussian": {"kind": "gaussian", "rule": "inclusive_kl"},
-    "KL, mixture": {"kind": "mixture", "rule": "inclusive_kl"},
+    "GAN": {"kind": "implicit", "rule": amc.gan(num_critic_steps=2)},
+    "Wasserstein": {"kind": "implicit",
+                    "rule": amc.wasserstein(2, penalty_weight=0.1)},
+    "MMD": {"kind": "implicit", "rule": amc.RULES["mmd"]},
+    "KL, Gaussian": {"kind": "gaussian", "rule": amc.RULES["inclusive_kl"]},
+    "KL, mixture": {"kind": "mixture", "rule": amc.RULES["inclusive_kl"]},
 }  # fmt: skip
 
 # %%
@@ -390,14 +425,27 @@ header = [f"of {num_students} students", "chain: lost, low pass", "lost, high pa
 header += ["exact: lost, low pass", "lost, high pass", "TV"]
 markdown_table(header, rows)
 
+
+# %% tags=["hide-input"]
+def show_panels(shown, ncols, size, num_shown):
+    """Draws ``{title: [N, 2]}`` over the third posterior, each on its own panel."""
+    rows, posterior = len(shown) // ncols, partial(fold.log_joint, x_fold[2:])
+    figsize = (size * ncols, (size + 0.05) * rows)
+    _, panels = plt.subplots(rows, ncols, sharex=True, sharey=True, figsize=figsize)
+    for panel, (title, z) in zip(panels.flat, shown.items(), strict=True):
+        plotting.show_density(posterior, window, ax=panel, num_points=81)
+        panel.plot(*z[:num_shown].T, ".", color=orange, ms=3, mew=0, alpha=0.6)
+        panel.set_title(title, fontsize=9)
+        panel.set(xlim=window[:2], ylim=window[2:])
+
+
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-rules", "caption": "The first student of each rule on the third posterior (green). Above, taught by the chain of five steps; below, by exact draws. AVB has no teacher. Shape and coverage are different virtues."}, "image": {"alt": "Two rows of six panels with two green valleys and orange points. Above, the implicit students fill one valley, the mixture both. Below, the GAN fills one and the MMD student hardly leaves it; the Wasserstein student draws a bridge between both, the Gaussian spreads over everything, the mixture fills both."}}
 names, shown = {"chain": [*rules, "AVB"], "exact": [*rules, "AVB, adaptive"]}, {}
 for teacher, row in names.items():
     for name in row:
         z = drawn.get((name, teacher), drawn[name, "chain"])[:, 0, 2]
         shown[name if name in avb else f"{name}, {teacher}"] = z
-panels = {"ncols": 6, "panel_size": 1.35, "num_shown": 150}
-plotting.sample_panels(shown, partial(fold.log_joint, x_fold[2:]), (-3, 3.4, -2.4, 3), **panels)
+show_panels(shown, ncols=6, size=1.35, num_shown=150)
 plt.show()
 
 # %%
@@ -494,7 +542,7 @@ with torch.no_grad():
 assert num_steps < 100 or (total_variation(mapped) < total_variation(plain)).all()
 moved = {"chain in z": plain, "map alone": alone, "chain in ε, mapped": mapped}
 shown = {f"{n}: TV {total_variation(z)[2]:.2f}": z[:, 2] for n, z in moved.items()}
-plotting.sample_panels(shown, partial(fold.log_joint, x_fold[2:]), (-3, 3.4, -2.4, 3))
+show_panels(shown, ncols=3, size=1.8, num_shown=250)
 plt.show()
 
 # %% [markdown]
@@ -772,7 +820,20 @@ def learn(method, steps=1):
     return torch.tensor(history)
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-cost", "caption": "Left: exact $\\log p_\\theta(x)$ below the best of all runs, linear model, against decoder evaluations for each observation. Middle and right: the recorded laptop runs of Table 1, against decoder evaluations for each training image and against the wall time of training, on a shared machine; bars are two standard errors over images."}, "image": {"alt": "Left, five falling curves on logarithmic axes; the variational autoencoder falls first. Middle and right, eleven points: of the laptop rows those with long chains stand highest, and the variational autoencoder with 120 passes far above them."}}
+# %% tags=["hide-input"]
+def show_runs(panels, runs):
+    """Log-likelihoods with bars of two standard errors, against two costs."""
+    for i, (label, *costs, level, error) in enumerate(runs):
+        style = {"fmt": "osD^vPX*<>"[i % 10], "color": f"C{i}", "label": label}
+        for panel, cost in zip(panels, costs, strict=True):
+            panel.errorbar(cost, level, 2 * error, ms=5, elinewidth=0.8, **style)
+    panels[0].set(xscale="log", xlabel="evaluations, each image")
+    panels[0].set_ylabel("log p(x), nats")
+    panels[1].set(xscale="log", xlabel="minutes of training")
+    panels[1].sharey(panels[0])
+
+
+# %% tags=["hide-input"]
 curves = {f"AMC, T = {steps}": learn("AMC", steps) for steps in (1, 5, 20)}
 curves |= {"VAE": learn("VAE"), "persistent, T = 5": learn("persistent", 5)}
 root, kind = data.data_folder(), {"class": "ConvBernoulli", "latent_dim": 32}
@@ -781,7 +842,18 @@ facts = results.load_weights(path, ConvBernoulli(32), kind)
 level = results.load_result(root / "results" / "reference" / "vae-laptop-seed0.json").per_image
 passes, minutes = facts["config"]["epochs"], facts["provenance"]["wall_seconds"] / 60
 reference = (f"VAE, {passes} passes", passes, minutes, *tables.pool([level["ais_ll"]])[:2])
-plotting.cost_panels(curves, [*tables.costs(study, labels, "ais_ll"), reference])
+best = max(curve[:, 1].max() for curve in curves.values())
+
+# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-cost", "caption": "Left: exact $\\log p_\\theta(x)$ below the best of all runs, linear model, against decoder evaluations for each observation. Middle and right: the recorded laptop runs of Table 1, against decoder evaluations for each training image and against the wall time of training, on a shared machine; bars are two standard errors over images."}, "image": {"alt": "Left, five falling curves on logarithmic axes; the variational autoencoder falls first. Middle and right, eleven points: of the laptop rows those with long chains stand highest, and the variational autoencoder with 120 passes far above them."}}
+figure, axes = plt.subplots(1, 3, figsize=(7.6, 3.9), width_ratios=(1.25, 1, 1))
+for name, style in zip(curves, ("-", "--", "-.", ":", "-"), strict=True):
+    axes[0].plot(curves[name][:, 0], best - curves[name][:, 1], style, label=name)
+axes[0].set(xscale="log", yscale="log", ylim=(0.01, None))
+axes[0].set(xlabel="evaluations, each observation", ylabel="nats below the best")
+axes[0].legend(fontsize=7, loc="lower left")
+show_runs(axes[1:], [*tables.costs(study, labels, "ais_ll"), reference])
+handles = axes[1].get_legend_handles_labels()
+figure.legend(*handles, fontsize=7, ncols=5, loc="outside upper center")
 plt.show()
 
 # %% [markdown]
@@ -888,7 +960,7 @@ checks.close(slope, [0.0, 0.0], atol=0.01, label="the slope of the loss at your 
 #
 # ```{exercise} Whose z?
 # :label: ex-amc-whose
-# Train the decoder of the linear model once on the student's $z$ and once on the teacher's (the argument `decoder_samples` of {py:func}`amortised.amc.amc_step`), with a student that is held far too narrow. Which one learns a noise scale that is too small, and why? Check the sign:
+# Train the decoder of the linear model once on the student's $z$ and once on the teacher's (a step of it is `amc.descend(-model.log_joint(x, z), optimizer)`), with a student that is held far too narrow. Which one learns a noise scale that is too small, and why? Check the sign:
 #
 # ~~~python
 # checks.ordered(noise["student"], noise["teacher"], label="the order of the noise scales")
