@@ -291,8 +291,8 @@ def _check_state(state: Mapping[str, object]) -> None:
     for name, thing in state.items():
         if not isinstance(thing, Tensor) and not hasattr(thing, "load_state_dict"):
             raise TypeError(
-                f"state[{name!r}] is a {type(thing).__name__}; give a tensor, a module, an optimiser "
-                "or another object with state_dict and load_state_dict"
+                f"state[{name!r}] is a {type(thing).__name__}; give a tensor or an object with "
+                "state_dict and load_state_dict, such as a module or an optimiser"
             )
 
 
