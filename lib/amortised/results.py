@@ -321,12 +321,13 @@ def check_result(record: Mapping, per_image: Mapping[str, Tensor] | None = None)
 
     try:
         schemas.validate(schemas.ResultRecord, record, "the result")
-    except schemas.FormatError as error:
+    except (schemas.FormatError, TypeError) as error:  # the latter of a config that no JSON holds
         raise ResultError(str(error)) from error
     faults = []
     for name, values in (per_image or {}).items():
         if not isinstance(values, Tensor) or values.dtype != torch.float32 or values.ndim != 1:
-            kind = getattr(values, "dtype", type(values).__name__)
+            is_tensor = isinstance(values, Tensor)
+            kind = f"{values.dtype} {list(values.shape)}" if is_tensor else type(values).__name__
             faults.append(f"{name!r} is {kind}, expected a float32 tensor [N]")
         elif name not in record["metrics"]:
             faults.append(f"{name!r} has no metric of its name")
