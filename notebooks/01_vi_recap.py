@@ -606,8 +606,7 @@ def train_vae(latent_dim, images, batch_size=50):
         return -elbo(vae, encoder(x), x, analytic_kl=True)
 
     step, state = gradient_step(loss, optimizer, scheduler), {"networks": networks}
-    settings = {"epochs": epochs, "batch_size": batch_size, "generator": generator}
-    fit(step, images, state=state, **settings)
+    fit(step, images, state, epochs=epochs, batch_size=batch_size, seed=seed)
     networks.requires_grad_(False)
     return vae, encoder
 

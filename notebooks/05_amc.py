@@ -57,7 +57,6 @@ checks.parameters(
 import math
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -74,12 +73,13 @@ from amortised import (
     imputation,
     mcmc,
     plotting,
+    recipes,
     results,
     tables,
 )
 from amortised.ais import sigmoid_schedule
 from amortised.encoders import BlockPerceptrons, GaussianEncoder, ImplicitEncoder, MixtureEncoder
-from amortised.models import ConvBernoulli, LatentVariableModel, LinearGaussian
+from amortised.models import LatentVariableModel, LinearGaussian
 from amortised.numerics import CallCounter
 from amortised.results import load_published, markdown_table, paired_difference
 from amortised.training import cosine_decay
@@ -599,29 +599,26 @@ print(f"mean error of P(switch on | x): student {error[0]:.3f}, prior {error[1]:
 
 
 # %%
-class Row(NamedTuple):
-    label: str
-    published: str
-    method: str
-    encoder: str = "none"
-    num_steps: int = 0
-    step_size: float = 0.0
+TABLE_1 = {  # row: label, and name of the published row
+    "vae": ("VAE", "Gaussian | VAE"),
+    "mcmc_vi_t5": ("MCMC-VI, T = 5", "Gaussian | MCMC-VI T=5 eta=0.2"),
+    "amc_gaussian_t5": ("AMC Gaussian, T = 5", "Gaussian | AMC T=5 eta=0.2"),
+    "amc_cnn_g_t5": ("AMC CNN-G, T = 5", "CNN-G | AMC T=5 eta=0.2"),
+    "amc_cnn_g_t50": ("AMC CNN-G, T = 50", "CNN-G | AMC T=50 eta=0.02"),
+    "avb_cnn_g": ("AVB CNN-G", "CNN-G | AVB"),
+    "amc_cnn_b_t5": ("AMC CNN-B, T = 5", "CNN-B | AMC T=5 eta=0.2"),
+    "amc_cnn_b_t50": ("AMC CNN-B, T = 50", "CNN-B | AMC T=50 eta=0.02"),
+    "avb_cnn_b": ("AVB CNN-B", "CNN-B | AVB"),
+    "persistent_t50": ("persistent, T = 50", "none | persistent MCMC T=50 eta=0.02"),
+}
+labels = {row: label for row, (label, _) in TABLE_1.items()}
+table = experiments.select(experiments.load_studies(), "amc_table1", scale="laptop", seed=0)
+options = {run.row: run.config for run in table}
+columns = {"method": "method", "encoder": "encoder", "T": "num_steps", "η": "step_size"}
+rows = [[labels[row], *(options[row][name] for name in columns.values())] for row in labels]
+markdown_table(["row", *columns], rows)
 
-
-coarse, fine = (5, 0.2), (50, 0.02)
-ROWS = {
-    "vae": Row("VAE", "Gaussian | VAE", "vae", "gaussian"),
-    "mcmc_vi_t5": Row("MCMC-VI, T = 5", "Gaussian | MCMC-VI T=5 eta=0.2", "mcmc_vi", "gaussian", *coarse),
-    "amc_gaussian_t5": Row("AMC Gaussian, T = 5", "Gaussian | AMC T=5 eta=0.2", "amc", "gaussian", *coarse),
-    "amc_cnn_g_t5": Row("AMC CNN-G, T = 5", "CNN-G | AMC T=5 eta=0.2", "amc", "cnn_g", *coarse),
-    "amc_cnn_g_t50": Row("AMC CNN-G, T = 50", "CNN-G | AMC T=50 eta=0.02", "amc", "cnn_g", *fine),
-    "avb_cnn_g": Row("AVB CNN-G", "CNN-G | AVB", "avb", "cnn_g"),
-    "amc_cnn_b_t5": Row("AMC CNN-B, T = 5", "CNN-B | AMC T=5 eta=0.2", "amc", "cnn_b", *coarse),
-    "amc_cnn_b_t50": Row("AMC CNN-B, T = 50", "CNN-B | AMC T=50 eta=0.02", "amc", "cnn_b", *fine),
-    "avb_cnn_b": Row("AVB CNN-B", "CNN-B | AVB", "avb", "cnn_b"),
-    "persistent_t50": Row("persistent, T = 50", "none | persistent MCMC T=50 eta=0.02", "persistent", "none", *fine),
-}  # fmt: skip
-labels = {name: row.label for name, row in ROWS.items()}
+# %%
 folder = data.data_folder() / "models" / "amc_table1"
 if retrain:
     experiments.main(["--root", "retrained", "run", "amc_table1", "--seed", "0"])
@@ -635,36 +632,18 @@ def network(name, role="decoder"):
 
 # %%
 def train(row, images, num_updates, batch_size=32):
-    """A decoder trained by any row of the table, from the images in order."""
-    decoder, discriminator = ConvBernoulli(32), adversarial.Discriminator(32)
-    bernoulli = partial(ImplicitEncoder, noise="bernoulli")
-    kinds = {"gaussian": GaussianEncoder, "cnn_g": ImplicitEncoder, "cnn_b": bernoulli}
-    networks = {"model": decoder}
-    if row.encoder in kinds:
-        networks["encoder"] = kinds[row.encoder](32)
-    if row.method in ("amc", "avb"):
-        networks["discriminator"] = discriminator
-    optimizers = {name: Adam(network.parameters(), 1e-3) for name, network in networks.items()}
-    common = (decoder, networks.get("encoder"), optimizers)
-    chains = amc.PersistentChains(len(images), latent_dim=32)
-    settings = {"num_steps": row.num_steps, "step_size": row.step_size}
-    teacher = partial(amc.teacher_samples, decoder, **settings)
-    step = {
-        "vae": lambda x, i: amc.vae_step(x, *common),
-        "mcmc_vi": lambda x, i: amc.mcmc_vi_step(x, *common, teacher=teacher),
-        "amc": lambda x, i: amc.amc_step(x, *common, teacher=teacher, discriminator=discriminator),
-        "avb": lambda x, i: amc.avb_step(x, *common, discriminator=discriminator),
-        "persistent": lambda x, i: amc.persistent_step(x, i, decoder, chains, optimizers, teacher=teacher),
-    }[row.method]  # fmt: skip
+    """The decoder of a row of the table, trained on the images in order."""
+    settings = options[row] | {"training_images": len(images)}
+    training = recipes.amc_training(settings)
     for index in torch.arange(num_updates * batch_size).split(batch_size):
         index = index % len(images)
-        losses = step(data.binarise(images[index]), index)
+        losses = training.step(data.binarise(images[index]), index)
     assert all(loss.isfinite() for loss in losses.values())
-    return decoder.requires_grad_(False)
+    return training.networks["decoder"].requires_grad_(False)
 
 
 images, x_test = data.load_mnist("train").images, data.load_mnist_binary("test").images
-for row in ROWS.values():
+for row in TABLE_1:
     train(row, images[:4], num_updates=1, batch_size=4)
 
 # %% [markdown]
@@ -674,7 +653,7 @@ for row in ROWS.values():
 settings = dict(num_temperatures=num_temperatures, num_leapfrog=5, seed=seed)
 settings, estimates = settings | dict(num_chains=4, pilot_chains=2), {}
 for name in ("vae", "amc_cnn_g_t5"):
-    decoder = train(ROWS[name], images, train_steps)
+    decoder = train(name, images, train_steps)
     estimates[name] = evaluation.hais_ll(decoder, x_test[:num_images], **settings)
 rows = [(labels[n], e.summary, f"{e.ess.mean():.1f} of 4") for n, e in estimates.items()]
 change = paired_difference(*(e.log_likelihood for e in reversed(estimates.values())))
@@ -687,9 +666,9 @@ markdown_table([f"this run, {train_steps} updates", "log p(x), AIS", "ESS"], row
 # %%
 study = tables.load_study("amc_table1", "laptop")
 annealed = {row["row"]: row["value"] for row in published}
-annealed = {name: annealed[row.published] for name, row in ROWS.items()}
+annealed = {row: annealed[name] for row, (_, name) in TABLE_1.items()}
 display(tables.study_table("amc_table1", labels, "ais_ll", annealed))
-pairs = [(name, "vae") for name in list(ROWS)[1:]] + [("amc_cnn_g_t50", "persistent_t50")]
+pairs = [(name, "vae") for name in list(TABLE_1)[1:]] + [("amc_cnn_g_t50", "persistent_t50")]
 pairs += [(f"amc_{kind}_t50", f"amc_{kind}_t5") for kind in ("cnn_g", "cnn_b")]
 display(tables.paired_table(study, pairs, "ais_ll", labels, published=annealed))
 columns = {"IS-LL, own q": "is_ll", "IS-ESS": "is_ess", "IS-LL, fitted q": "posthoc_is_ll"}
@@ -697,7 +676,7 @@ columns |= {"AIS-ESS": "ais_ess", "certificate": "simulated_gap"}
 given = {}
 for metric in ("IS-LL", "IS-ESS", "HAIS-ESS"):
     values = {row["row"]: row["value"] for row in load_published("amc", metric=metric)}
-    given[f"published {metric}"] = {name: values[row.published] for name, row in ROWS.items()}
+    given[f"published {metric}"] = {r: values[n] for r, (_, n) in TABLE_1.items()}
 tables.metric_table(study, labels, columns, decimals=1, with_seeds=False, given=given)
 
 # %% [markdown]
@@ -717,7 +696,7 @@ tables.metric_table(study, labels, columns, decimals=1, with_seeds=False, given=
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-samples", "caption": "Samples of the ten decoders at laptop scale, seed 0: means of $p_\\theta(x \\mid z)$ at the same fourteen draws of $z$ from the prior."}, "image": {"alt": "Ten rows of fourteen grey images. The row of the variational autoencoder shows blurred strokes; those with fine chains and the persistent row show more that look like digits."}}
 z = torch.randn(14, 32)
-dreams = torch.cat([network(name).likelihood(z).mean for name in ROWS])
+dreams = torch.cat([network(name).likelihood(z).mean for name in TABLE_1])
 plotting.show_digits(dreams, ncols=14, row_labels=list(labels.values()))
 plt.show()
 
@@ -836,11 +815,10 @@ def show_runs(panels, runs):
 # %% tags=["hide-input"]
 curves = {f"AMC, T = {steps}": learn("AMC", steps) for steps in (1, 5, 20)}
 curves |= {"VAE": learn("VAE"), "persistent, T = 5": learn("persistent", 5)}
-root, kind = data.data_folder(), {"class": "ConvBernoulli", "latent_dim": 32}
-path = root / "models" / "reference" / "vae-laptop-seed0-decoder.safetensors"
-facts = results.load_weights(path, ConvBernoulli(32), kind)
-level = results.load_result(root / "results" / "reference" / "vae-laptop-seed0.json").per_image
-passes, minutes = facts["config"]["epochs"], facts["provenance"]["wall_seconds"] / 60
+path = data.data_folder() / "results" / "reference" / "vae-laptop-seed0.json"
+record, level = results.load_result(path)
+passes = record["config"]["epochs"]
+minutes = record["details"]["seconds"]["training"] / 60
 reference = (f"VAE, {passes} passes", passes, minutes, *tables.pool([level["ais_ll"]])[:2])
 best = max(curve[:, 1].max() for curve in curves.values())
 
@@ -868,12 +846,12 @@ rows, decoder = [], network("vae")
 decoder.likelihood = counter = CallCounter(decoder.likelihood)
 kept = {"gaussian": GaussianEncoder(32), "cnn_g": ImplicitEncoder(32)}
 for name in ("vae", "mcmc_vi_t5", "amc_cnn_g_t50", "persistent_t50"):
-    row, counter.points, z = ROWS[name], 0, torch.randn(1, 1, 32)
-    chain = {"num_steps": row.num_steps, "step_size": row.step_size}
-    if row.method in ("mcmc_vi", "persistent"):  # the others are done when z is drawn
+    row, counter.points, z = options[name], 0, torch.randn(1, 1, 32)
+    chain = {key: row[key] for key in ("num_steps", "step_size")}
+    if row["method"] in ("mcmc_vi", "persistent"):  # the others are done when z is drawn
         amc.teacher_samples(decoder, x_test[:1], z, **chain)
-    state = kept.get(row.encoder, amc.PersistentChains(60_000, 32)).state_dict().values()
-    rows.append((row.label, counter.points, 4e-6 * sum(tensor.numel() for tensor in state)))
+    state = kept.get(row["encoder"], amc.PersistentChains(60_000, 32)).state_dict().values()
+    rows.append((labels[name], counter.points, 4e-6 * sum(tensor.numel() for tensor in state)))
 display(markdown_table(["a draw for a new image", "decoder gradients", "MB kept"], rows))
 tables.run_table(study, "amc_table1", labels)
 

@@ -568,7 +568,7 @@ print("mean gap below 1 nat at these settings:", gap.mean < 1.0)
 path = data.data_folder() / "results/reference/vae-laptop-seed0.json"
 metrics = results.load_result(path).record["metrics"]
 columns = ["AIS+HMC", "importance sampling, K = 5000", "certificate, simulated pairs"]
-names = ["ais_ll", "importance_sampling_ll", "simulated_gap"]
+names = ["ais_ll", "is_ll", "simulated_gap"]
 display(results.markdown_table(columns, [[metrics[name] for name in names]]))
 
 published = {
@@ -633,10 +633,14 @@ gap_mine = bound.expected_gap
 print(f"certified to {gap_mine.mean:.2f} ± {gap_mine.se:.2f} nats on its own samples")
 
 # %% [markdown]
-# For a file of weights there is a command, which shows its progress, can be stopped at any moment, and goes on where it was:
+# A long evaluation can be stopped at any moment. Say where its finished blocks of 100 images are to be kept, and the same lines go on where they were:
 #
-# ```bash
-# python -m amortised.evaluation data/models/reference/vae-laptop-seed0-decoder.safetensors --images 1000
+# ```python
+# from pathlib import Path
+# from amortised.files import Work
+#
+# decoder = evaluation.load_module("mine/decoder.safetensors")
+# evaluation.hais_ll(decoder, images, work=Work(Path("mine"), "annealing"))
 # ```
 #
 # ## Summary

@@ -46,7 +46,7 @@ STEP_SIZE = 0.05
 MEMORY_CHAINS = 10_000
 MATRIX_SIDE = 2048
 ROUTES = {
-    "cpu": ("eager", "rewritten", "rewritten bfloat16", "compiled", "dense"),
+    "cpu": ("eager", "rewritten", "rewritten bfloat16", "dense"),
     "cuda": ("eager", "rewritten", "dense", "dense bfloat16"),
 }
 # What varies: settings (chains per image, images, temperatures, leapfrog steps). Many temperatures
