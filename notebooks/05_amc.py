@@ -813,6 +813,15 @@ def show_runs(panels, runs):
 
 
 # %% tags=["hide-input"]
+def cost_of(row):
+    """Label, evaluations for each image, minutes of training, level and its error."""
+    details = [run.record["details"] for run in study[row]]
+    evaluations = options[row]["epochs"] + details[0]["chain_gradients_per_image"]
+    minutes = sum(d["seconds"]["training"] for d in details) / len(details) / 60
+    level = tables.pool([run.per_image["ais_ll"] for run in study[row]])
+    return labels[row], evaluations, minutes, level.mean, level.image_se
+
+
 curves = {f"AMC, T = {steps}": learn("AMC", steps) for steps in (1, 5, 20)}
 curves |= {"VAE": learn("VAE"), "persistent, T = 5": learn("persistent", 5)}
 path = data.data_folder() / "results" / "reference" / "vae-laptop-seed0.json"
@@ -829,7 +838,7 @@ for name, style in zip(curves, ("-", "--", "-.", ":", "-"), strict=True):
 axes[0].set(xscale="log", yscale="log", ylim=(0.01, None))
 axes[0].set(xlabel="evaluations, each observation", ylabel="nats below the best")
 axes[0].legend(fontsize=7, loc="lower left")
-show_runs(axes[1:], [*tables.costs(study, labels, "ais_ll"), reference])
+show_runs(axes[1:], [*map(cost_of, labels), reference])
 handles = axes[1].get_legend_handles_labels()
 figure.legend(*handles, fontsize=7, ncols=5, loc="outside upper center")
 plt.show()

@@ -84,21 +84,22 @@ class AmcOptions(TrainingOptions):
     def _parts_fit_together(self) -> Self:
         has_chain = self.method in ("mcmc_vi", "amc", "persistent")
         needs_density = self.method in ("vae", "mcmc_vi") or self.rule == "inclusive_kl"
-        for is_wrong, option, why in (
-            ((self.encoder == "none") != (self.method == "persistent"), "encoder", ""),
-            (needs_density and self.encoder != "gaussian", "encoder", ", which needs a density"),
-            (has_chain != (self.kernel != "none"), "kernel", ""),
-            (has_chain != (self.num_steps > 0), "num_steps", ""),
-            (has_chain != (self.step_size > 0), "step_size", ""),
-            ((self.method == "amc") != (self.rule != "none"), "rule", ""),
-            (self.rule == "mmd" and self.num_student_samples < 8, "num_student_samples",
-             " and rule = 'mmd', which needs at least 8"),
-        ):  # fmt: skip
-            if is_wrong:
-                value = getattr(self, option)
-                raise ValueError(
-                    f"{option} = {value!r} does not go with method = {self.method!r}{why}"
-                )
+        fits = {
+            "encoder": (self.encoder == "none") == (self.method == "persistent")
+            and (self.encoder == "gaussian" or not needs_density),
+            "kernel": has_chain == (self.kernel != "none"),
+            "num_steps": has_chain == (self.num_steps > 0),
+            "step_size": has_chain == (self.step_size > 0),
+            "rule": (self.method == "amc") == (self.rule != "none"),
+            "num_student_samples": self.rule != "mmd" or self.num_student_samples >= 8,
+        }
+        for name in (name for name, fit in fits.items() if not fit):
+            raise ValueError(
+                f"{name} = {getattr(self, name)!r} does not go with method = {self.method!r}, "
+                f"rule = {self.rule!r}. The chain of mcmc_vi, amc and persistent needs a kernel, "
+                "steps and a step size; vae, mcmc_vi and inclusive_kl need a Gaussian encoder, "
+                "persistent takes none; a rule belongs to amc, and mmd needs 8 samples or more"
+            )
         return self
 
 

@@ -36,7 +36,6 @@ __all__ = [
     "Pooled",
     "cells",
     "command",
-    "costs",
     "load_study",
     "metric_table",
     "paired",
@@ -287,31 +286,6 @@ def paired_table(
         lines.append([f"{labels[row]} minus {labels[baseline]}", *given, *texts])
     header = ["difference", *(["published"] if published else []), "in pairs", "seed by seed"]
     return markdown_table(header, lines, decimals)
-
-
-def costs(
-    results: Study, labels: Mapping[str, str], metric: str
-) -> list[tuple[str, float, float, float, float]]:
-    """What each recorded row of amortised MCMC cost to train, and what it reached.
-
-    :param results: what :func:`load_study` returns, of a study whose recipe is ``amc``.
-    :param labels: ``{row: label}``; rows without a run are left out.
-    :param metric: name of a per-image metric.
-    :return: for each row its label; decoder evaluations with gradients for each training image,
-        one for the decoder's own step and those of the chain, in all passes; minutes of training,
-        a mean over seeds; and the metric's mean with its image error.
-    """
-    points = []
-    for row, label in labels.items():
-        records = [result.record for result in results.get(row, [])]
-        if not records:
-            continue
-        details = [record["details"] for record in records]
-        evaluations = records[0]["config"]["epochs"] + details[0]["chain_gradients_per_image"]
-        minutes = math.fsum(d["seconds"]["training"] for d in details) / len(details) / 60
-        pooled = pool(_metric(results[row], metric))
-        points.append((label, evaluations, minutes, pooled.mean, pooled.image_se))
-    return points
 
 
 def run_table(results: Study, study: str, labels: Mapping[str, str]) -> Table:
