@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from amortised.ais import ais, sigmoid_schedule
+from amortised.ais import AnnealedPath, ais, sigmoid_schedule
 from amortised.fast import log_likelihood_and_grad
 from amortised.mcmc import LeapfrogState, leapfrog_step
 from amortised.models import BernoulliDecoder, ConvBernoulli, LinearGaussian
@@ -399,17 +399,11 @@ def test_annealing_finds_the_evidence_on_every_route(route, dtype):
     model, x, truth = small_problem()
     fn = log_likelihood_and_grad(model, x, route, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
-    result = ais(
-        model.prior().log_prob,
-        fn.log_likelihood,
-        torch.randn(300, 2, 1, generator=generator),
-        sigmoid_schedule(30),
-        step_size=0.4,
-        num_leapfrog=2,
-        generator=generator,
-        likelihood_value_and_grad=fn,
-        exact_energies=dtype is not None,
+    path = AnnealedPath(
+        model.prior().log_prob, fn.log_likelihood, None, fn, exact_energies=dtype is not None
     )
+    z0 = torch.randn(300, 2, 1, generator=generator)
+    result = ais(path, z0, (sigmoid_schedule(30), 0.4, 2), generator=generator)
     estimate = log_mean_exp(result.log_weights, dim=0)
     weights = (result.log_weights - result.log_weights.logsumexp(0)).exp() * 300
     standard_error = weights.std(0) / 300**0.5

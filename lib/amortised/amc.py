@@ -273,8 +273,8 @@ class Rule(NamedTuple):
 
 
 def gan(num_critic_steps: int = 1) -> Rule:
-    """The original game, with :func:`amortised.adversarial.discriminator_loss` for the discriminator
-    and :func:`amortised.adversarial.generator_loss` for the student.
+    """The original game, with :func:`amortised.adversarial.discriminator_loss` and, for the
+    student, :func:`amortised.adversarial.generator_loss`.
 
     :param num_critic_steps: steps of the discriminator on the samples of one minibatch.
 
@@ -290,9 +290,9 @@ def gan(num_critic_steps: int = 1) -> Rule:
 
 
 def wasserstein(num_critic_steps: int = 5, penalty_weight: float = 10.0) -> Rule:
-    """The Wasserstein game, with :func:`amortised.adversarial.critic_loss` for the critic, which
-    wants as many samples of the teacher as of the student, and
-    :func:`amortised.adversarial.critic_student_loss` for the student.
+    """The Wasserstein game, with :func:`amortised.adversarial.critic_loss`, which wants as many
+    samples of the teacher as of the student, and, for the student,
+    :func:`amortised.adversarial.critic_student_loss`.
 
     :param num_critic_steps: steps of the critic on the samples of one minibatch.
     :param penalty_weight: weight of the gradient penalty.

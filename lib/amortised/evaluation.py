@@ -160,7 +160,7 @@ def importance_sampling_ll(
     *,
     num_samples: int = 5000,
     seed: int = 0,
-    work: Work = Work(),  # noqa: B008
+    work: Work = Work(),
 ) -> LikelihoodEstimate:
     r"""Importance sampling from a proposal, with memory that does not grow with K.
 
@@ -224,7 +224,7 @@ def hais_ll(
     start: Proposal | None = None,
     seed: int = 0,
     likelihood: Likelihood | None = None,
-    work: Work = Work(),  # noqa: B008
+    work: Work = Work(),
     **annealing: object,
 ) -> LikelihoodEstimate:
     r"""Annealed importance sampling: a pilot that tunes step sizes, then the run that is reported.
@@ -280,7 +280,7 @@ def bdmc_ll(
     *,
     seed: int = 0,
     likelihood: Likelihood | None = None,
-    work: Work = Work(),  # noqa: B008
+    work: Work = Work(),
     **annealing: object,
 ) -> BDMCEstimate:
     r"""Certify :func:`hais_ll` at the same settings, on data that the model itself generates.
@@ -334,7 +334,7 @@ def fit_gaussian_proposal(
     learning_rate: float = 1e-3,
     seed: int = 0,
     encoder: nn.Module | None = None,
-    work: Work = Work(),  # noqa: B008
+    work: Work = Work(),
 ) -> nn.Module:
     r"""A Gaussian proposal r(z given x) for a trained model, its decoder frozen.
 

@@ -9,7 +9,7 @@ r"""The studies of the book: which runs there are, where each stands, and how to
 works on it as :mod:`amortised.runs` describes, and *records* what it found: checks the
 result, and copies it to ``data/results`` and the weights that the study keeps to ``data/models``.
 Stopped at any moment, by ``--max-minutes``, Ctrl-C or ``kill -9``, the same command goes on. To
-compute elsewhere, ``prepare`` here, take the folder there and back, and ``record`` it here. A run is
+compute elsewhere, ``prepare`` here, take the folder there and back, and ``record`` here. A run is
 
 =========== ===================================================================================
 done        when its result is recorded, of the options and recipe version that are asked for now

@@ -77,8 +77,9 @@ def log_likelihood_and_grad(
     forward pass per temperature::
 
         fast_fn = log_likelihood_and_grad(model, x, dtype=torch.bfloat16)
-        ais(log_prior_fn, fast_fn.log_likelihood, z0, schedule, step_size=..., num_leapfrog=...,
-            likelihood_value_and_grad=fast_fn, exact_energies=True)
+        path = AnnealedPath(log_prior_fn, fast_fn.log_likelihood,
+                            likelihood_value_and_grad=fast_fn, exact_energies=True)
+        ais(path, z0, settings)
 
     Without ``exact_energies`` the energies are of low precision too. That estimates the evidence of
     a slightly different model, and a table that uses it says so. On the book's trained decoder the

@@ -539,9 +539,9 @@ def load_weights(path: str | Path, module: nn.Module, architecture: Mapping) -> 
             tensors[name] = tensors[name].float()
     found, needed = _described(written, tensors), _described(wanted, state)
     faults = [
-        f"{name}: {found.get(name, 'absent')} in the file, {needed.get(name, 'absent')} in the module"
-        for name in sorted(found.keys() | needed.keys())
-        if found.get(name) != needed.get(name)
+        f"{key}: {found.get(key, 'absent')} in the file, {needed.get(key, 'absent')} in the module"
+        for key in sorted(found.keys() | needed.keys())
+        if found.get(key) != needed.get(key)
     ]
     if faults:
         raise ResultError(f"{path} does not fit the module:\n  " + "\n  ".join(faults))

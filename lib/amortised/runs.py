@@ -56,7 +56,7 @@ def folder_name(run: Mapping[str, object]) -> str:
 
     >>> folder_name({"study": "s", "row": "r", "scale": "laptop", "seed": 0, "config": {},
     ...              "recipe_version": 1, "builds_on": None})
-    's/r-laptop-seed0-1e6f2bca'
+    's/r-laptop-seed0-2550d791'
     """
     facts = {"config": run["config"], "recipe_version": run["recipe_version"]}
     if run["builds_on"] is not None:
