@@ -276,9 +276,12 @@ markdown_table(header, rows, 4)
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-chains", "caption": "Four chains on the posterior of {numref}`fig-vi-model`, each after the same 120 density evaluations, from the ring. The contours are exact."}, "image": {"alt": "Four panels with a thin tilted ellipse. Metropolis and the two Langevin chains creep along it in small steps; the Hamiltonian chain jumps from end to end."}}
 figure, panels = plt.subplots(1, 4, figsize=(7.2, 2.3), sharex=True, sharey=True)
+pink = plotting.COLOURS["samples"]
 for panel, (name, path) in zip(panels, paths.items(), strict=True):
     plotting.show_density(log_target, square, ax=panel)
-    plotting.plot_trajectory(path[: 120 // kernels[name][1] + 1], ax=panel)
+    visited = path[: 120 // kernels[name][1] + 1].T
+    panel.plot(*visited, ".-", color=pink, lw=0.8, ms=5, mew=0, alpha=0.7)
+    panel.plot(*visited[:, 0], "o", color=pink, ms=9, fillstyle="none")
     panel.set(title=name, xlabel="$z_1$")
 panels[0].set_ylabel("$z_2$")
 plt.show()
@@ -351,8 +354,9 @@ checks.close(gaps[-1], best_gap, atol=0.02, label="the gap left at the end")
 figure, ax = plt.subplots(figsize=(6.0, 2.8))
 steps, top = torch.arange(151), log_evidence.item()
 ax.axhline(top, color=plotting.COLOURS["exact"], label=r"exact $\log p_\theta(x)$")
-plotting.shade_gap(ax, steps, top - gaps, top, label="divergence, in closed form")
-ax.plot(steps, bounds, ".", ms=3, color=plotting.COLOURS["bound"], label="bound, sampled")
+blue, label = plotting.COLOURS["bound"], "divergence, in closed form"
+ax.fill_between(steps, top - gaps, top, color=blue, alpha=0.2, lw=0, label=label)
+ax.plot(steps, bounds, ".", ms=3, color=blue, label="bound, sampled")
 ax.set(xlabel="gradient step", ylabel="nats", ylim=(top - 12, top + 1))
 ax.legend(loc="lower right")
 plt.show()
@@ -602,8 +606,7 @@ def train_vae(latent_dim, images, batch_size=50):
         return -elbo(vae, encoder(x), x, analytic_kl=True)
 
     step, state = gradient_step(loss, optimizer, scheduler), {"networks": networks}
-    settings = {"epochs": epochs, "batch_size": batch_size, "generator": generator}
-    fit(step, images, state=state, **settings)
+    fit(step, images, state, epochs=epochs, batch_size=batch_size, seed=seed)
     networks.requires_grad_(False)
     return vae, encoder
 
@@ -674,27 +677,49 @@ columns = [log_p, log_w.mean(0), log_p - log_w.mean(0), sampled, effective]
 rows = [(f"test image {i}", *(c[i].item() for c in columns)) for i in range(3)]
 markdown_table(["", "log p(x), grid", "bound", "gap", f"K = {len(log_w)}", "effective"], rows)
 
+
+# %% tags=["hide-input"]
+def latent_scan(ax):
+    """Mean images over a square of the latent plane, each at its place."""
+    line = torch.linspace(-2.5, 2.5, 17, device=device)
+    z = torch.cartesian_prod(line.flip(0), line).flip(-1)  # rows from the top down
+    edge = 2.5 * 17 / 16  # of the outer images
+    ink = plotting.mosaic(flat_vae.likelihood(z).mean, ncols=17, padding=0)
+    ax.imshow(ink, extent=(-edge, edge, -edge, edge))
+    ax.set(xlabel="$z_1$", ylabel="$z_2$")
+    ax.spines[:].set_visible(False)
+
+
+# %% tags=["hide-input"]
+def window_of(q, weights):
+    """A square that holds the encoder's Gaussian and the posterior on the grid."""
+    points = grid[:, 0].cpu()
+    mean = weights @ points
+    sd = (weights @ (points - mean).square()).sqrt()
+    reach = (mean - q.mean).abs() / 2 + 3 * torch.maximum(sd, q.stddev)
+    (a, b), reach = ((mean + q.mean) / 2).tolist(), reach.max().item()
+    return a - reach, a + reach, b - reach, b + reach
+
+
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-scan", "caption": "A two-dimensional latent space. Left: the decoder's mean image at each place. Right: for three test images, the exact posterior (green) and the encoder's Gaussian (orange). Where they differ, the bound loses nats."}, "image": {"alt": "Left, a square of digits that change shape smoothly from place to place. Right, three planes in which an orange ellipse more or less covers a green region of irregular shape."}}
 figure = plt.figure(figsize=(7.2, 4.6))
 left, right = figure.subfigures(1, 2, width_ratios=(2.4, 1))
-plotting.latent_scan(
-    lambda z: flat_vae.likelihood(z.to(device)).mean, num_per_side=17, ax=left.subplots()
-)
-points, weights = grid[:, 0].cpu(), torch.softmax(log_joint, dim=0).cpu()
+latent_scan(left.subplots())
+exact = torch.softmax(log_joint, dim=0).cpu()
+orange = {"colour": plotting.COLOURS["approximation"], "fill": False}
 for i, panel in enumerate(right.subplots(3, 1)):
-    q, x_i, exact = Normal(q_flat.mean[i].cpu(), q_flat.stddev[i].cpu()), x_few[i], weights[:, i]
-    exact_mean = exact @ points
-    exact_sd = (exact @ (points - exact_mean).square()).sqrt()
-    reach = ((exact_mean - q.mean).abs() / 2 + 3 * torch.maximum(exact_sd, q.stddev)).max().item()
-    a, b = ((exact_mean + q.mean) / 2).tolist()
-    window, view = (a - reach, a + reach, b - reach, b + reach), {"ax": panel, "num_points": 41}
+    q = Normal(q_flat.mean[i].cpu(), q_flat.stddev[i].cpu())
+    window = window_of(q, exact[:, i])
+    view = {"masses": (0.9, 0.5), "num_points": 41, "ax": panel}
 
-    def log_exact(z, x_i=x_i):
+    def log_exact(z, x_i=x_few[i]):
         return flat_vae.log_joint(x_i, z.float().to(device)).cpu()
 
-    plotting.show_density(log_exact, window, masses=(0.9, 0.5), **view)
-    orange = {"colour": plotting.COLOURS["approximation"], "fill": False, "masses": (0.9, 0.5)}
-    plotting.show_density(lambda z, q=q: q.log_prob(z).sum(-1), window, **orange, **view)
+    def log_q(z, q=q):
+        return q.log_prob(z).sum(-1)
+
+    plotting.show_density(log_exact, window, **view)
+    plotting.show_density(log_q, window, **orange, **view)
     panel.set_title(f"test image {i}", fontsize=8)
 plt.show()
 
@@ -844,8 +869,22 @@ markdown_table(["this run", "nats per image", "below the stand-in, paired"], row
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-gaps", "caption": "The gap of {eq}`eq-vi-gaps` taken apart for the autoencoder of this run, means over the images of the table. Fitting $q$ to each image removes the amortisation gap; letting it tilt removes part of the rest."}, "image": {"alt": "Three horizontal bars, one for the encoder with an approximation and an amortisation part, one for the fitted diagonal and one for the fitted full covariance with an approximation part only."}}
 names = ["encoder", "fitted diagonal", "fitted full covariance"]
 below = [paired_difference(log_p, e).mean for e in list(estimates.values())[:3]]
-approximation, amortisation = [below[1], below[1], below[2]], [below[0] - below[1], 0, 0]
-plotting.gap_bars(names, {"approximation gap": approximation, "amortisation gap": amortisation})
+family = torch.tensor([below[1], below[1], below[2]])
+encoding = torch.tensor([below[0] - below[1], 0, 0])
+start = torch.where(encoding >= 0, family.clamp(min=0), family.clamp(max=0))
+figure, ax = plt.subplots(figsize=(6.4, 2.25))
+bars = {"height": 0.62, "tick_label": names}
+hatched = bars | {"left": start, "hatch": "///"}
+for gap, name, kind, shape in (
+    (family, "approximation gap", "approximation", bars),
+    (encoding, "amortisation gap", "bound", hatched),
+):
+    colour = plotting.COLOURS[kind]
+    ax.barh(range(3), gap, color=(colour, 0.55), ec=colour, label=name, **shape)
+ax.set(xlabel="nats", ylim=(2.5, -0.5))
+ax.tick_params(left=False)
+ax.spines["left"].set_visible(False)
+ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, borderaxespad=0.3)
 plt.show()
 
 # %% [markdown]

@@ -57,7 +57,6 @@ checks.parameters(
 import math
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -74,12 +73,13 @@ from amortised import (
     imputation,
     mcmc,
     plotting,
+    recipes,
     results,
     tables,
 )
-from amortised.ais import sigmoid_schedule
+from amortised.ais import AISSettings, sigmoid_schedule
 from amortised.encoders import BlockPerceptrons, GaussianEncoder, ImplicitEncoder, MixtureEncoder
-from amortised.models import ConvBernoulli, LatentVariableModel, LinearGaussian
+from amortised.models import LatentVariableModel, LinearGaussian
 from amortised.numerics import CallCounter
 from amortised.results import load_published, markdown_table, paired_difference
 from amortised.training import cosine_decay
@@ -170,12 +170,20 @@ assert frames[-1][1] < 0.2 * frames[0][1]
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-projected", "caption": "Projected gradient descent. The posterior (green) has two valleys. The student $q$ (orange) proposes; its draws (pink) flow towards the posterior for eight Langevin steps; then $q$ takes their mean and covariance, and the next round begins. Bar: the exact $\\operatorname{KL}(p \\,\\|\\, q)$."}, "image": {"alt": "Animation: a small orange circle between two green valleys. Pink points spread from it into both valleys; the circle jumps to a long tilted ellipse around them, and changes little after that. A bar on the right falls."}}
 def draw(figure, frame):
-    q, divergence, z = frames[frame]
-    title = f"round {frame // 3 + 1}: {4 * (frame % 3) or 'no'} steps"
-    laws = (partial(fold.log_joint, x), q.log_prob)
-    plotting.draw_flow(figure, *laws, z, divergence, (-3, 3.4, -2.4, 3), title=title, top=13)
+    q, divergence, draws = frames[frame]
+    plane, bar = figure.subplots(1, 2, width_ratios=(5, 1))
+    view = {"extent": window, "ax": plane, "num_points": 61}
+    plotting.show_density(lambda z: fold.log_joint(x, z.float()), **view)
+    ellipse = {"colour": orange, "masses": (0.9,), "fill": False}
+    plotting.show_density(lambda z: q.log_prob(z.float()), **view, **ellipse)
+    plane.plot(*draws[:250].T, ".", color=plotting.COLOURS["samples"], ms=3)
+    plane.set(xlim=window[:2], ylim=window[2:], xlabel="$z_1$", ylabel="$z_2$")
+    plane.set_title(f"round {frame // 3 + 1}: {4 * (frame % 3) or 'no'} steps")
+    bar.bar([0], [divergence], color=plotting.COLOURS["bound"], alpha=0.5)
+    bar.set(ylim=(0, 13), xticks=[], ylabel="nats")
 
 
+window, orange = (-3, 3.4, -2.4, 3), plotting.COLOURS["approximation"]
 plotting.animate(
     draw, len(frames), size=(4.6, 3.4), fps=2, dpi=100, num_colours=64,
     alt="Draws flow into two valleys and an ellipse follows them.",
@@ -237,12 +245,39 @@ print(
 # The last number matters too. In a latent direction that the image does not determine, $\lambda = 1$, a share $a^T \approx e^{-\eta T \lambda / 2} \approx 0.6$ of the start survives in both settings.
 # There the student, or a stored chain, supplies the answer, not the teacher.
 
+
+# %% tags=["hide-input"]
+def show_inflation(ax):
+    for eta, style in zip(inflation, "os", strict=True):
+        precisions, ratio = inflation[eta]
+        grid = torch.logspace(-0.5, math.log10(3.9 / eta), 100)
+        [line] = ax.plot(grid, 1 / (1 - eta * grid / 4), label=rf"$\eta = {eta:g}$")
+        ax.plot(precisions, ratio, style, color=line.get_color(), ms=5)
+        ax.axvline(4 / eta, linestyle=":", color=line.get_color())
+    ax.set(xscale="log", ylim=(0.8, 8), xlabel=r"precision $\lambda$")
+    ax.set_ylabel("variance / exact variance")
+    ax.legend(loc="upper left")
+
+
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-bias", "caption": "Left: variance of an unadjusted Langevin chain over that of its target, from {eq}`eq-amc-ula` (lines) and simulated (points), with the limits of stability (dotted). Right: the published log-likelihoods in nats, {cite:t}`li2017amc`, Table 1."}, "image": {"alt": "Left, two curves that rise to infinity at precision 20 and 200. Right, ten dots: four rows with step 0.2 lie close together near minus 89.5, most others far to the right of them."}}
 shown = {"η = 0.2": {}, "η = 0.02": {}, "no chain": {}}
 for row in sorted(published, key=lambda row: row["value"]):
-    kind = next((k for k in shown if row["row"].endswith(k.replace("η = ", "="))), "no chain")
-    shown[kind][row["row"].split(" T=")[0].replace(" |", ",")] = row["value"]
-plotting.langevin_bias(inflation, shown)
+    name, value = row["row"], row["value"]
+    kinds = (kind for kind in shown if name.endswith(kind.replace("η = ", "=")))
+    shown[next(kinds, "no chain")][name.split(" T=")[0].replace(" |", ",")] = value
+names = list(dict.fromkeys(name for group in shown.values() for name in group))
+figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.4))
+show_inflation(left)
+for i, (title, group) in enumerate(shown.items()):
+    values = [group.get(name, math.nan) for name in names]
+    heights = [row + 0.16 * (i - 1) for row in range(len(names))]
+    right.plot(values, heights, "osD"[i], fillstyle="none", ms=5, label=title)
+right.set_yticks(range(len(names)), labels=names)
+right.set(xlabel="nats", ylim=(len(names) - 0.5, -0.5))
+right.grid(axis="x")
+right.tick_params(left=False)
+right.spines["left"].set_visible(False)
+right.legend(fontsize=7, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0))
 plt.show()
 
 # %% [markdown]
@@ -294,7 +329,7 @@ markdown_table(header, [(name, *v.tolist()) for name, v in after.items()])
 # The Wasserstein game replaces the logistic loss by a difference of means, with a penalty on slopes in $z$ at fixed $x$ {cite:p}`arjovsky2017wgan,gulrajani2017wgangp`.
 # The maximum mean discrepancy (MMD) needs no opponent, but several draws per image {cite:p}`gretton2012mmd`.
 #
-# In code the rule is an argument of {py:func}`amortised.amc.amc_step`, and so are the student, the teacher's kernel, and whose $z$ trains the decoder. Games differ from seed to seed, so each rule trains several students side by side.
+# In code the rule is an argument of {py:func}`amortised.amc.amc_step`, and so are the student and the teacher with its kernel. Games differ from seed to seed, so each rule trains several students side by side.
 
 
 # %%
@@ -312,7 +347,7 @@ def student(kind):
 def distil(kind, step=amc.amc_step, **settings):
     """Draws ``[K, num_students, 3, 2]`` after distillation, and the networks."""
     networks, x = {"encoder": student(kind)}, x_fold.repeat(num_students, 1)
-    if step is amc.avb_step or settings["rule"] in ("gan", "wasserstein"):
+    if step is amc.avb_step or settings["rule"].is_game:
         networks["discriminator"] = adversarial.Discriminator(2, nn.Identity(), 2)
         networks["discriminator"].head = BlockPerceptrons(num_students, 4, 48, 48, 1)
         settings["discriminator"] = networks["discriminator"]
@@ -352,11 +387,12 @@ teachers = {
     "HMC": partial(run, num_steps=1, step_size=0.25, kernel=partial(mcmc.hmc_step, num_steps=5)),
 }
 rules = {
-    "GAN": {"kind": "implicit", "rule": "gan", "num_critic_steps": 2},
-    "Wasserstein": {"kind": "implicit", "rule": "wasserstein", "num_critic_steps": 2, "penalty_weight": 0.1},
-    "MMD": {"kind": "implicit", "rule": "mmd"},
-    "KL, Gaussian": {"kind": "gaussian", "rule": "inclusive_kl"},
-    "KL, mixture": {"kind": "mixture", "rule": "inclusive_kl"},
+    "GAN": {"kind": "implicit", "rule": amc.gan(num_critic_steps=2)},
+    "Wasserstein": {"kind": "implicit",
+                    "rule": amc.wasserstein(2, penalty_weight=0.1)},
+    "MMD": {"kind": "implicit", "rule": amc.RULES["mmd"]},
+    "KL, Gaussian": {"kind": "gaussian", "rule": amc.RULES["inclusive_kl"]},
+    "KL, mixture": {"kind": "mixture", "rule": amc.RULES["inclusive_kl"]},
 }  # fmt: skip
 
 # %%
@@ -390,14 +426,27 @@ header = [f"of {num_students} students", "chain: lost, low pass", "lost, high pa
 header += ["exact: lost, low pass", "lost, high pass", "TV"]
 markdown_table(header, rows)
 
+
+# %% tags=["hide-input"]
+def show_panels(shown, ncols, size, num_shown):
+    """Draws ``{title: [N, 2]}`` over the third posterior, each on its own panel."""
+    rows, posterior = len(shown) // ncols, partial(fold.log_joint, x_fold[2:])
+    figsize = (size * ncols, (size + 0.05) * rows)
+    _, panels = plt.subplots(rows, ncols, sharex=True, sharey=True, figsize=figsize)
+    for panel, (title, z) in zip(panels.flat, shown.items(), strict=True):
+        plotting.show_density(posterior, window, ax=panel, num_points=81)
+        panel.plot(*z[:num_shown].T, ".", color=orange, ms=3, mew=0, alpha=0.6)
+        panel.set_title(title, fontsize=9)
+        panel.set(xlim=window[:2], ylim=window[2:])
+
+
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-rules", "caption": "The first student of each rule on the third posterior (green). Above, taught by the chain of five steps; below, by exact draws. AVB has no teacher. Shape and coverage are different virtues."}, "image": {"alt": "Two rows of six panels with two green valleys and orange points. Above, the implicit students fill one valley, the mixture both. Below, the GAN fills one and the MMD student hardly leaves it; the Wasserstein student draws a bridge between both, the Gaussian spreads over everything, the mixture fills both."}}
 names, shown = {"chain": [*rules, "AVB"], "exact": [*rules, "AVB, adaptive"]}, {}
 for teacher, row in names.items():
     for name in row:
         z = drawn.get((name, teacher), drawn[name, "chain"])[:, 0, 2]
         shown[name if name in avb else f"{name}, {teacher}"] = z
-panels = {"ncols": 6, "panel_size": 1.35, "num_shown": 150}
-plotting.sample_panels(shown, partial(fold.log_joint, x_fold[2:]), (-3, 3.4, -2.4, 3), **panels)
+show_panels(shown, ncols=6, size=1.35, num_shown=150)
 plt.show()
 
 # %%
@@ -494,7 +543,7 @@ with torch.no_grad():
 assert num_steps < 100 or (total_variation(mapped) < total_variation(plain)).all()
 moved = {"chain in z": plain, "map alone": alone, "chain in ε, mapped": mapped}
 shown = {f"{n}: TV {total_variation(z)[2]:.2f}": z[:, 2] for n, z in moved.items()}
-plotting.sample_panels(shown, partial(fold.log_joint, x_fold[2:]), (-3, 3.4, -2.4, 3))
+show_panels(shown, ncols=3, size=1.8, num_shown=250)
 plt.show()
 
 # %% [markdown]
@@ -551,29 +600,26 @@ print(f"mean error of P(switch on | x): student {error[0]:.3f}, prior {error[1]:
 
 
 # %%
-class Row(NamedTuple):
-    label: str
-    published: str
-    method: str
-    encoder: str = "none"
-    num_steps: int = 0
-    step_size: float = 0.0
+TABLE_1 = {  # row: label, and name of the published row
+    "vae": ("VAE", "Gaussian | VAE"),
+    "mcmc_vi_t5": ("MCMC-VI, T = 5", "Gaussian | MCMC-VI T=5 eta=0.2"),
+    "amc_gaussian_t5": ("AMC Gaussian, T = 5", "Gaussian | AMC T=5 eta=0.2"),
+    "amc_cnn_g_t5": ("AMC CNN-G, T = 5", "CNN-G | AMC T=5 eta=0.2"),
+    "amc_cnn_g_t50": ("AMC CNN-G, T = 50", "CNN-G | AMC T=50 eta=0.02"),
+    "avb_cnn_g": ("AVB CNN-G", "CNN-G | AVB"),
+    "amc_cnn_b_t5": ("AMC CNN-B, T = 5", "CNN-B | AMC T=5 eta=0.2"),
+    "amc_cnn_b_t50": ("AMC CNN-B, T = 50", "CNN-B | AMC T=50 eta=0.02"),
+    "avb_cnn_b": ("AVB CNN-B", "CNN-B | AVB"),
+    "persistent_t50": ("persistent, T = 50", "none | persistent MCMC T=50 eta=0.02"),
+}
+labels = {row: label for row, (label, _) in TABLE_1.items()}
+table = experiments.select(experiments.load_studies(), "amc_table1", scale="laptop", seed=0)
+options = {run.row: run.config for run in table}
+columns = {"method": "method", "encoder": "encoder", "T": "num_steps", "η": "step_size"}
+rows = [[labels[row], *(options[row][name] for name in columns.values())] for row in labels]
+markdown_table(["row", *columns], rows)
 
-
-coarse, fine = (5, 0.2), (50, 0.02)
-ROWS = {
-    "vae": Row("VAE", "Gaussian | VAE", "vae", "gaussian"),
-    "mcmc_vi_t5": Row("MCMC-VI, T = 5", "Gaussian | MCMC-VI T=5 eta=0.2", "mcmc_vi", "gaussian", *coarse),
-    "amc_gaussian_t5": Row("AMC Gaussian, T = 5", "Gaussian | AMC T=5 eta=0.2", "amc", "gaussian", *coarse),
-    "amc_cnn_g_t5": Row("AMC CNN-G, T = 5", "CNN-G | AMC T=5 eta=0.2", "amc", "cnn_g", *coarse),
-    "amc_cnn_g_t50": Row("AMC CNN-G, T = 50", "CNN-G | AMC T=50 eta=0.02", "amc", "cnn_g", *fine),
-    "avb_cnn_g": Row("AVB CNN-G", "CNN-G | AVB", "avb", "cnn_g"),
-    "amc_cnn_b_t5": Row("AMC CNN-B, T = 5", "CNN-B | AMC T=5 eta=0.2", "amc", "cnn_b", *coarse),
-    "amc_cnn_b_t50": Row("AMC CNN-B, T = 50", "CNN-B | AMC T=50 eta=0.02", "amc", "cnn_b", *fine),
-    "avb_cnn_b": Row("AVB CNN-B", "CNN-B | AVB", "avb", "cnn_b"),
-    "persistent_t50": Row("persistent, T = 50", "none | persistent MCMC T=50 eta=0.02", "persistent", "none", *fine),
-}  # fmt: skip
-labels = {name: row.label for name, row in ROWS.items()}
+# %%
 folder = data.data_folder() / "models" / "amc_table1"
 if retrain:
     experiments.main(["--root", "retrained", "run", "amc_table1", "--seed", "0"])
@@ -587,36 +633,18 @@ def network(name, role="decoder"):
 
 # %%
 def train(row, images, num_updates, batch_size=32):
-    """A decoder trained by any row of the table, from the images in order."""
-    decoder, discriminator = ConvBernoulli(32), adversarial.Discriminator(32)
-    bernoulli = partial(ImplicitEncoder, noise="bernoulli")
-    kinds = {"gaussian": GaussianEncoder, "cnn_g": ImplicitEncoder, "cnn_b": bernoulli}
-    networks = {"model": decoder}
-    if row.encoder in kinds:
-        networks["encoder"] = kinds[row.encoder](32)
-    if row.method in ("amc", "avb"):
-        networks["discriminator"] = discriminator
-    optimizers = {name: Adam(network.parameters(), 1e-3) for name, network in networks.items()}
-    common = (decoder, networks.get("encoder"), optimizers)
-    chains = amc.PersistentChains(len(images), latent_dim=32)
-    settings = {"num_steps": row.num_steps, "step_size": row.step_size}
-    teacher = partial(amc.teacher_samples, decoder, **settings)
-    step = {
-        "vae": lambda x, i: amc.vae_step(x, *common),
-        "mcmc_vi": lambda x, i: amc.mcmc_vi_step(x, *common, teacher=teacher),
-        "amc": lambda x, i: amc.amc_step(x, *common, teacher=teacher, discriminator=discriminator),
-        "avb": lambda x, i: amc.avb_step(x, *common, discriminator=discriminator),
-        "persistent": lambda x, i: amc.persistent_step(x, i, decoder, chains, optimizers, teacher=teacher),
-    }[row.method]  # fmt: skip
+    """The decoder of a row of the table, trained on the images in order."""
+    settings = options[row] | {"training_images": len(images)}
+    training = recipes.amc_training(settings)
     for index in torch.arange(num_updates * batch_size).split(batch_size):
         index = index % len(images)
-        losses = step(data.binarise(images[index]), index)
+        losses = training.step(data.binarise(images[index]), index)
     assert all(loss.isfinite() for loss in losses.values())
-    return decoder.requires_grad_(False)
+    return training.networks["decoder"].requires_grad_(False)
 
 
 images, x_test = data.load_mnist("train").images, data.load_mnist_binary("test").images
-for row in ROWS.values():
+for row in TABLE_1:
     train(row, images[:4], num_updates=1, batch_size=4)
 
 # %% [markdown]
@@ -626,7 +654,7 @@ for row in ROWS.values():
 settings = dict(num_temperatures=num_temperatures, num_leapfrog=5, seed=seed)
 settings, estimates = settings | dict(num_chains=4, pilot_chains=2), {}
 for name in ("vae", "amc_cnn_g_t5"):
-    decoder = train(ROWS[name], images, train_steps)
+    decoder = train(name, images, train_steps)
     estimates[name] = evaluation.hais_ll(decoder, x_test[:num_images], **settings)
 rows = [(labels[n], e.summary, f"{e.ess.mean():.1f} of 4") for n, e in estimates.items()]
 change = paired_difference(*(e.log_likelihood for e in reversed(estimates.values())))
@@ -639,9 +667,9 @@ markdown_table([f"this run, {train_steps} updates", "log p(x), AIS", "ESS"], row
 # %%
 study = tables.load_study("amc_table1", "laptop")
 annealed = {row["row"]: row["value"] for row in published}
-annealed = {name: annealed[row.published] for name, row in ROWS.items()}
+annealed = {row: annealed[name] for row, (_, name) in TABLE_1.items()}
 display(tables.study_table("amc_table1", labels, "ais_ll", annealed))
-pairs = [(name, "vae") for name in list(ROWS)[1:]] + [("amc_cnn_g_t50", "persistent_t50")]
+pairs = [(name, "vae") for name in list(TABLE_1)[1:]] + [("amc_cnn_g_t50", "persistent_t50")]
 pairs += [(f"amc_{kind}_t50", f"amc_{kind}_t5") for kind in ("cnn_g", "cnn_b")]
 display(tables.paired_table(study, pairs, "ais_ll", labels, published=annealed))
 columns = {"IS-LL, own q": "is_ll", "IS-ESS": "is_ess", "IS-LL, fitted q": "posthoc_is_ll"}
@@ -649,7 +677,7 @@ columns |= {"AIS-ESS": "ais_ess", "certificate": "simulated_gap"}
 given = {}
 for metric in ("IS-LL", "IS-ESS", "HAIS-ESS"):
     values = {row["row"]: row["value"] for row in load_published("amc", metric=metric)}
-    given[f"published {metric}"] = {name: values[row.published] for name, row in ROWS.items()}
+    given[f"published {metric}"] = {r: values[n] for r, (_, n) in TABLE_1.items()}
 tables.metric_table(study, labels, columns, decimals=1, with_seeds=False, given=given)
 
 # %% [markdown]
@@ -669,7 +697,7 @@ tables.metric_table(study, labels, columns, decimals=1, with_seeds=False, given=
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-samples", "caption": "Samples of the ten decoders at laptop scale, seed 0: means of $p_\\theta(x \\mid z)$ at the same fourteen draws of $z$ from the prior."}, "image": {"alt": "Ten rows of fourteen grey images. The row of the variational autoencoder shows blurred strokes; those with fine chains and the persistent row show more that look like digits."}}
 z = torch.randn(14, 32)
-dreams = torch.cat([network(name).likelihood(z).mean for name in ROWS])
+dreams = torch.cat([network(name).likelihood(z).mean for name in TABLE_1])
 plotting.show_digits(dreams, ncols=14, row_labels=list(labels.values()))
 plt.show()
 
@@ -691,11 +719,13 @@ trained = {"vae": "vae", "cnn_g": "amc_cnn_g_t50", "cnn_b": "amc_cnn_b_t50"}
 networks = {name: (network(row), network(row, "encoder")) for name, row in trained.items()}
 generator, x, filled = torch.Generator().manual_seed(seed), x_test[[2, 4]], {}
 masks = {kind: imputation.missing_mask(kind, generator=generator) for kind in imputation.MASKS}
-long = dict(schedule=sigmoid_schedule(2 * num_turns), step_size=0.1, num_leapfrog=3, num_steps=10)
+annealing = AISSettings(sigmoid_schedule(2 * num_turns), 0.1, num_leapfrog=3)
 for kind, mask in masks.items():
     for name, pair in networks.items():
         filled[kind, name] = imputation.impute(*pair, x, mask, num_turns, 5)
-    drawn_long = imputation.conditional_samples(networks["cnn_g"][0], x, mask, 5, **long)
+    drawn_long = imputation.conditional_samples(
+        networks["cnn_g"][0], x, mask, 5, settings=annealing, num_steps=10
+    )
     filled[kind, "reference"] = drawn_long.x
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-imputation", "caption": "Two test digits with four masks. Grey: observed. Orange: five imputations by the encoder of each row, {eq}`eq-amc-impute`, and by long chains in the CNN-G row's decoder. First column of each digit: what was covered, in full."}, "image": {"alt": "Four blocks of four rows. In each row two groups of a complete digit and five completions of it; grey parts agree within a block, orange parts differ from copy to copy."}}
@@ -772,16 +802,48 @@ def learn(method, steps=1):
     return torch.tensor(history)
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-cost", "caption": "Left: exact $\\log p_\\theta(x)$ below the best of all runs, linear model, against decoder evaluations for each observation. Middle and right: the recorded laptop runs of Table 1, against decoder evaluations for each training image and against the wall time of training, on a shared machine; bars are two standard errors over images."}, "image": {"alt": "Left, five falling curves on logarithmic axes; the variational autoencoder falls first. Middle and right, eleven points: of the laptop rows those with long chains stand highest, and the variational autoencoder with 120 passes far above them."}}
+# %% tags=["hide-input"]
+def show_runs(panels, runs):
+    """Log-likelihoods with bars of two standard errors, against two costs."""
+    for i, (label, *costs, level, error) in enumerate(runs):
+        style = {"fmt": "osD^vPX*<>"[i % 10], "color": f"C{i}", "label": label}
+        for panel, cost in zip(panels, costs, strict=True):
+            panel.errorbar(cost, level, 2 * error, ms=5, elinewidth=0.8, **style)
+    panels[0].set(xscale="log", xlabel="evaluations, each image")
+    panels[0].set_ylabel("log p(x), nats")
+    panels[1].set(xscale="log", xlabel="minutes of training")
+    panels[1].sharey(panels[0])
+
+
+# %% tags=["hide-input"]
+def cost_of(row):
+    """Label, evaluations for each image, minutes of training, level and its error."""
+    details = [run.record["details"] for run in study[row]]
+    evaluations = options[row]["epochs"] + details[0]["chain_gradients_per_image"]
+    minutes = sum(d["seconds"]["training"] for d in details) / len(details) / 60
+    level = tables.pool([run.per_image["ais_ll"] for run in study[row]])
+    return labels[row], evaluations, minutes, level.mean, level.image_se
+
+
 curves = {f"AMC, T = {steps}": learn("AMC", steps) for steps in (1, 5, 20)}
 curves |= {"VAE": learn("VAE"), "persistent, T = 5": learn("persistent", 5)}
-root, kind = data.data_folder(), {"class": "ConvBernoulli", "latent_dim": 32}
-path = root / "models" / "reference" / "vae-laptop-seed0-decoder.safetensors"
-facts = results.load_weights(path, ConvBernoulli(32), kind)
-level = results.load_result(root / "results" / "reference" / "vae-laptop-seed0.json").per_image
-passes, minutes = facts["config"]["epochs"], facts["provenance"]["wall_seconds"] / 60
+path = data.data_folder() / "results" / "reference" / "vae-laptop-seed0.json"
+record, level = results.load_result(path)
+passes = record["config"]["epochs"]
+minutes = record["details"]["seconds"]["training"] / 60
 reference = (f"VAE, {passes} passes", passes, minutes, *tables.pool([level["ais_ll"]])[:2])
-plotting.cost_panels(curves, [*tables.costs(study, labels, "ais_ll"), reference])
+best = max(curve[:, 1].max() for curve in curves.values())
+
+# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-cost", "caption": "Left: exact $\\log p_\\theta(x)$ below the best of all runs, linear model, against decoder evaluations for each observation. Middle and right: the recorded laptop runs of Table 1, against decoder evaluations for each training image and against the wall time of training, on a shared machine; bars are two standard errors over images."}, "image": {"alt": "Left, five falling curves on logarithmic axes; the variational autoencoder falls first. Middle and right, eleven points: of the laptop rows those with long chains stand highest, and the variational autoencoder with 120 passes far above them."}}
+figure, axes = plt.subplots(1, 3, figsize=(7.6, 3.9), width_ratios=(1.25, 1, 1))
+for name, style in zip(curves, ("-", "--", "-.", ":", "-"), strict=True):
+    axes[0].plot(curves[name][:, 0], best - curves[name][:, 1], style, label=name)
+axes[0].set(xscale="log", yscale="log", ylim=(0.01, None))
+axes[0].set(xlabel="evaluations, each observation", ylabel="nats below the best")
+axes[0].legend(fontsize=7, loc="lower left")
+show_runs(axes[1:], [*map(cost_of, labels), reference])
+handles = axes[1].get_legend_handles_labels()
+figure.legend(*handles, fontsize=7, ncols=5, loc="outside upper center")
 plt.show()
 
 # %% [markdown]
@@ -796,12 +858,12 @@ rows, decoder = [], network("vae")
 decoder.likelihood = counter = CallCounter(decoder.likelihood)
 kept = {"gaussian": GaussianEncoder(32), "cnn_g": ImplicitEncoder(32)}
 for name in ("vae", "mcmc_vi_t5", "amc_cnn_g_t50", "persistent_t50"):
-    row, counter.points, z = ROWS[name], 0, torch.randn(1, 1, 32)
-    chain = {"num_steps": row.num_steps, "step_size": row.step_size}
-    if row.method in ("mcmc_vi", "persistent"):  # the others are done when z is drawn
+    row, counter.points, z = options[name], 0, torch.randn(1, 1, 32)
+    chain = {key: row[key] for key in ("num_steps", "step_size")}
+    if row["method"] in ("mcmc_vi", "persistent"):  # the others are done when z is drawn
         amc.teacher_samples(decoder, x_test[:1], z, **chain)
-    state = kept.get(row.encoder, amc.PersistentChains(60_000, 32)).state_dict().values()
-    rows.append((row.label, counter.points, 4e-6 * sum(tensor.numel() for tensor in state)))
+    state = kept.get(row["encoder"], amc.PersistentChains(60_000, 32)).state_dict().values()
+    rows.append((labels[name], counter.points, 4e-6 * sum(tensor.numel() for tensor in state)))
 display(markdown_table(["a draw for a new image", "decoder gradients", "MB kept"], rows))
 tables.run_table(study, "amc_table1", labels)
 
@@ -888,7 +950,7 @@ checks.close(slope, [0.0, 0.0], atol=0.01, label="the slope of the loss at your 
 #
 # ```{exercise} Whose z?
 # :label: ex-amc-whose
-# Train the decoder of the linear model once on the student's $z$ and once on the teacher's (the argument `decoder_samples` of {py:func}`amortised.amc.amc_step`), with a student that is held far too narrow. Which one learns a noise scale that is too small, and why? Check the sign:
+# Train the decoder of the linear model once on the student's $z$ and once on the teacher's (a step of it is `amc.descend(-model.log_joint(x, z), optimizer)`), with a student that is held far too narrow. Which one learns a noise scale that is too small, and why? Check the sign:
 #
 # ~~~python
 # checks.ordered(noise["student"], noise["teacher"], label="the order of the noise scales")

@@ -167,17 +167,17 @@ def test_in_a_notebook():
 # --- images --------------------------------------------------------------------------------------
 
 
-def test_show_digits_places_images_row_by_row():
+def test_mosaic_places_images_row_by_row():
     images = torch.zeros(5, 4, 6)
     for i in range(5):
         images[i, 0, 0] = (i + 1) / 5
-    image = plotting.show_digits(images, ncols=3, padding=1, colour="#102030").images[0]
-    ink = image.get_array()
+    ink = plotting.mosaic(images, ncols=3, padding=1, colour="#102030")
     assert ink.shape == (2 * 5 - 1, 3 * 7 - 1, 4)
     assert np.all(ink[..., :3] == (0x10, 0x20, 0x30))
     corners = ink[::5, ::7, 3]
     assert corners.tolist() == [[51, 102, 153], [204, 255, 0]]
     assert ink[..., 3].astype(int).sum() == corners.astype(int).sum()
+    assert plotting.mosaic(images, ncols=3, padding=0).shape == (2 * 4, 3 * 6, 4)
 
 
 @pytest.mark.parametrize("shape", [(3, 784), (3, 28, 28)])
@@ -205,22 +205,7 @@ def test_show_digits_refuses(images, options, message):
         plotting.show_digits(images, **options)
 
 
-def test_latent_scan_puts_each_image_at_its_latent():
-    def decode(z):
-        """A pixel each for the two coordinates, from 0 at -2 to 1 at 2."""
-        return (torch.stack([z, z.flip(-1)], dim=1) + 2) / 4
-
-    ax = plotting.latent_scan(decode, extent=2.0, num_per_side=5)
-    (image,) = ax.images
-    left, right, bottom, top = image.get_extent()
-    assert (left, right, bottom, top) == (-2.5, 2.5, -2.5, 2.5)
-    opacity = image.get_array()[..., 3] / 255
-    first_coordinate, second_coordinate = opacity[::2, ::2], opacity[::2, 1::2]
-    np.testing.assert_allclose(first_coordinate, [[0, 0.25, 0.5, 0.75, 1]] * 5, atol=0.003)
-    np.testing.assert_allclose(second_coordinate.T, [[1, 0.75, 0.5, 0.25, 0]] * 5, atol=0.003)
-
-
-# --- densities and chains ------------------------------------------------------------------------
+# --- densities -----------------------------------------------------------------------------------
 
 
 def radii(ax) -> list[float]:
@@ -265,55 +250,6 @@ def test_bad_density_is_refused(log_density, message):
         plotting.show_density(log_density, (0, 1, 0, 1))
 
 
-def test_trajectory():
-    positions = torch.tensor([[0.0, 1.0], [2.0, 3.0]], requires_grad=True)
-    _, ax = plt.subplots()
-    assert plotting.plot_trajectory(positions, ax=ax, label="chain") is ax
-    path, points, start = ax.lines
-    assert path.get_xydata().tolist() == points.get_xydata().tolist() == [[0, 1], [2, 3]]
-    assert start.get_xydata().tolist() == [[0, 1]]
-    assert ax.get_legend_handles_labels()[1] == ["chain"]
-    with pytest.raises(ValueError, match=r"positions must be \[T, 2\], got \[2, 3\]"):
-        plotting.plot_trajectory(torch.zeros(2, 3))
-
-
-# --- bounds, gaps and tables ---------------------------------------------------------------------
-
-
-def test_shaded_gap_has_the_area_between():
-    _, ax = plt.subplots()
-    x, lower = torch.linspace(0, 2, 21), torch.linspace(-3, -1, 21).requires_grad_(True)
-    plotting.shade_gap(ax, x, lower, -1.0)
-    corners = ax.collections[0].get_paths()[0].vertices
-    a, b = corners[:-1], corners[1:]
-    area = abs(np.sum(a[:, 0] * b[:, 1] - b[:, 0] * a[:, 1])) / 2
-    assert area == pytest.approx(2.0)
-
-
-def test_gap_bars_add_up():
-    parts = {"approximation": [1.0, 2.0], "amortisation": torch.tensor([3.0, -0.5]), "rest": [1, 1]}
-    ax = plotting.gap_bars(["a", "b"], parts)
-    bars = np.array([(bar.get_x(), bar.get_width()) for bar in ax.patches]).reshape(3, 2, 2)
-    starts, widths = bars[..., 0], bars[..., 1]
-    np.testing.assert_allclose(widths, [[1, 2], [3, -0.5], [1, 1]])
-    np.testing.assert_allclose(starts, [[0, 0], [1, 0], [4, 2]])
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
-    assert ax.yaxis_inverted() and len({bar.get_hatch() for bar in ax.patches}) == 3
-    with pytest.raises(ValueError, match=r"gaps\['x'\] must have 2 values, got \(3,\)"):
-        plotting.gap_bars(["a", "b"], {"x": [1, 2, 3]})
-
-
-def test_intervals_are_as_long_as_stated():
-    groups = {"published": ([-80.6, math.nan], None), "measured": ([-82.0, -83.0], [0.5, 1.0])}
-    ax = plotting.plot_intervals(["VAE", "AMC"], groups)
-    published, measured = ax.containers
-    assert not published.has_xerr and published.lines[0].get_xdata()[0] == -80.6
-    ends = [segment[:, 0].tolist() for segment in measured.lines[2][0].get_segments()]
-    assert ends == [[-83.0, -81.0], [-85.0, -81.0]]
-    with pytest.raises(ValueError, match="group 'x' has 1 values for 2 labels"):
-        plotting.plot_intervals(["VAE", "AMC"], {"x": ([1.0], None)})
-
-
 # --- animation -----------------------------------------------------------------------------------
 
 
@@ -332,13 +268,13 @@ def frames_of(image):
 
 def test_animation_moves_is_transparent_and_the_same_each_time():
     plotting.use_style()
-    options = dict(alt="a line rises", size=(3.0, 2.0), fps=10, hold=0.9, dpi=100)
+    options = dict(alt="a line rises", size=(3.0, 2.0), fps=10, dpi=100)
     image = plotting.animate(rising, 5, **options)
     assert image.data == plotting.animate(rising, 5, **options).data
     assert image.alt == "a line rises" and image.width == 288
     assert plt.get_fignums() == []
     durations, frames = zip(*frames_of(image), strict=True)
-    assert durations == (100, 100, 100, 100, 1000)
+    assert durations == (100, 100, 100, 100, 1600)
     assert all(frame.shape == (200, 300, 4) for frame in frames)
     assert all((a != b).any() for a, b in itertools.pairwise(frames))
     still = np.array(Image.open(io.BytesIO(image.data)).convert("RGBA"))

@@ -19,6 +19,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from amortised import experiments, results
+from amortised.data import data_folder
+from amortised.studies import SCALES
 
 WORK = {
     "image": "a training image: decoder and encoder, forward and backward",
@@ -90,8 +92,6 @@ def timed_runs(studies: Mapping, root: Path) -> list[Timed]:
         device = facts["device"]["name"] + (
             f" ({threads} thread{'s' * (threads > 1)})" if threads else ""
         )
-        if together := results.trained_with(record):
-            device += f", {len(together)} seeds together"
         runs.append(Timed(experiment, device, seconds))
     return runs
 
@@ -163,7 +163,7 @@ def _print_totals(studies: Mapping, runs: list[Timed], device: str) -> None:
     minutes = defaultdict(list)
     for run in runs:
         minutes[run.experiment[:3]].append(run.total / 60)
-    for scale in experiments.SCALES:
+    for scale in SCALES:
         rows = {e[:3] for e in experiments.select(studies, scale=scale)}
         recorded = rows & minutes.keys()
         if recorded:
@@ -176,7 +176,7 @@ def _print_totals(studies: Mapping, runs: list[Timed], device: str) -> None:
 
 def main(root: Path | None = None) -> int:
     studies = experiments.load_studies()
-    runs = timed_runs(studies, root or experiments.Places.of_the_project().results)
+    runs = timed_runs(studies, root or data_folder() / "results")
     if not runs:
         print("No run is recorded yet.")
         return 0
@@ -189,16 +189,11 @@ def main(root: Path | None = None) -> int:
         if models[device]:
             _print_model(members, models[device], device)
         _print_totals(studies, members, device)
-    missing = {
-        scale: sum(
-            experiments.state_of(experiment).word != "done"
-            for experiment in experiments.select(studies, scale=scale)
-        )
-        for scale in experiments.SCALES
-    }
-    for scale, count in missing.items():
-        if count:
-            print(f"\nRuns at {scale} scale that are not recorded yet: {count}.")
+    for scale in SCALES:
+        asked = experiments.select(studies, scale=scale)
+        missing = sum(experiments.state_of(run).word != "done" for run in asked)
+        if missing:
+            print(f"\nRuns at {scale} scale that are not recorded yet: {missing}.")
     return 0
 
 

@@ -13,6 +13,7 @@ where it is descended (:func:`amortised.amc.descend`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +22,7 @@ from torch.distributions import Independent, Normal
 
 from .encoders import conv_trunk
 from .models import LatentVariableModel
-from .numerics import is_capturing, value_and_grad
-
-__all__ = [
-    "Discriminator",
-    "adaptive_contrast",
-    "avb_discriminator_loss",
-    "avb_logits",
-    "avb_loss",
-    "critic_loss",
-    "critic_student_loss",
-    "discriminator_loss",
-    "generator_loss",
-    "gradient_penalty",
-    "median_bandwidth",
-    "mmd_squared",
-]
+from .numerics import check_counts, is_capturing, value_and_grad
 
 Critic = Callable[[Tensor, Tensor], Tensor]
 
@@ -120,11 +106,9 @@ def discriminator_loss(
     ...                    torch.zeros(1, 1))
     tensor([1.3863])
     """
-    teacher_logits = discriminator(x, z_teacher.detach())
-    student_logits = discriminator(x, z_student.detach())
-    return _mean_over_samples(F.softplus(-teacher_logits)) + _mean_over_samples(
-        F.softplus(student_logits)
-    )
+    teacher = F.softplus(-discriminator(x, z_teacher.detach()))
+    student = F.softplus(discriminator(x, z_student.detach()))
+    return _mean_over_samples(teacher) + _mean_over_samples(student)
 
 
 def generator_loss(discriminator: Critic, x: Tensor, z_student: Tensor) -> Tensor:
@@ -254,27 +238,16 @@ def mmd_squared(
             "mmd_squared compares samples [K, B, D] and [M, B, D]; got shapes "
             f"{tuple(z_student.shape)} and {tuple(z_teacher.shape)}"
         )
-    fewest = min(len(z_student), len(z_teacher))
-    if fewest < MIN_MMD_SAMPLES:
-        raise ValueError(
-            f"mmd_squared needs at least {MIN_MMD_SAMPLES} samples of student and teacher for each "
-            f"observation; got {fewest} (raise num_samples)"
-        )
+    numbers = {"num_student_samples": len(z_student), "num_teacher_samples": len(z_teacher)}
+    check_counts(minimum=MIN_MMD_SAMPLES, **numbers)
     z_teacher = z_teacher.detach()
     if bandwidth is None:
         bandwidth = median_bandwidth(z_student, z_teacher)
     bandwidth = torch.as_tensor(bandwidth, dtype=z_student.dtype, device=z_student.device)
     if not is_capturing() and not (bandwidth > 0).all():
         raise ValueError(f"bandwidth must be positive; got a smallest value of {bandwidth.min()}")
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        exponent = -_squared_distances(a, b) / (2.0 * bandwidth.square())
-        return torch.stack([(exponent / scale).exp() for scale in (0.25, 1.0, 4.0)]).mean(0)
-
-    def within(z: Tensor) -> Tensor:  # k(z, z) = 1 on the diagonal
-        return (kernel(z, z).sum((0, 1)) - len(z)) / (len(z) * (len(z) - 1))
-
-    return within(z_student) + within(z_teacher) - 2.0 * kernel(z_student, z_teacher).mean((0, 1))
+    own = _mean_of_pairs(z_student, bandwidth) + _mean_of_pairs(z_teacher, bandwidth)
+    return own - 2.0 * _kernel(z_student, z_teacher, bandwidth).mean((0, 1))
 
 
 def median_bandwidth(z_student: Tensor, z_teacher: Tensor) -> Tensor:
@@ -291,6 +264,16 @@ def median_bandwidth(z_student: Tensor, z_teacher: Tensor) -> Tensor:
     pooled = torch.cat([z_student, z_teacher]).detach()
     row, column = torch.triu_indices(len(pooled), len(pooled), offset=1, device=pooled.device)
     return _squared_distances(pooled, pooled)[row, column].median(0).values.sqrt()
+
+
+def _kernel(a: Tensor, b: Tensor, bandwidth: Tensor) -> Tensor:
+    exponent = -_squared_distances(a, b) / (2.0 * bandwidth.square())
+    return torch.stack([(exponent / scale).exp() for scale in (0.25, 1.0, 4.0)]).mean(0)
+
+
+def _mean_of_pairs(z: Tensor, bandwidth: Tensor) -> Tensor:
+    """Mean of k over different points of one sample; on the diagonal k is 1."""
+    return (_kernel(z, z, bandwidth).sum((0, 1)) - len(z)) / (len(z) * (len(z) - 1))
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -349,9 +332,7 @@ def avb_discriminator_loss(
     """
     # Standardised, the student meets N(0, I) whatever the contrast is.
     z = _standardised(z.detach(), contrast)
-    return discriminator_loss(
-        lambda x, z: avb_logits(discriminator, x, z), x, z, torch.randn_like(z)
-    )
+    return discriminator_loss(partial(avb_logits, discriminator), x, z, torch.randn_like(z))
 
 
 def avb_loss(
@@ -406,11 +387,7 @@ def adaptive_contrast(z: Tensor) -> Independent:
     >>> adaptive_contrast(torch.tensor([[[1.0]], [[3.0]]])).mean
     tensor([[2.]])
     """
-    if z.ndim != 3 or len(z) < 2:
-        raise ValueError(
-            "the adaptive contrast needs at least 2 samples for each observation, [K, B, D]; got "
-            f"shape {tuple(z.shape)} (raise num_samples)"
-        )
+    check_counts(minimum=2, num_samples=len(z) if z.ndim == 3 else 1)
     z = z.detach()
     return Independent(Normal(z.mean(0), (z.var(0) + 1e-4).sqrt()), 1)
 

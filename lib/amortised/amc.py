@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,29 +42,14 @@ from torch.distributions import Distribution
 from torch.optim import Optimizer
 
 from . import adversarial
+from .adversarial import MIN_MMD_SAMPLES, Critic
 from .encoders import ImplicitEncoder
 from .mcmc import SampledChain, ValueAndGrad, langevin_step, sample_chain
 from .models import LatentVariableModel
-from .numerics import all_finite
+from .numerics import all_finite, check_counts
 from .objectives import elbo
 
-__all__ = [
-    "RULES",
-    "PersistentChains",
-    "amc_step",
-    "avb_step",
-    "descend",
-    "mcmc_vi_step",
-    "persistent_step",
-    "student_samples",
-    "teacher_chain",
-    "teacher_samples",
-    "vae_step",
-]
-
-RULES = ("gan", "wasserstein", "mmd", "inclusive_kl")
-"""Distillation rules of :func:`amc_step`."""
-
+Optimizers = Mapping[str, Optimizer]
 Encoder = Callable[[Tensor], Distribution] | ImplicitEncoder
 Teacher = Callable[[Tensor, Tensor], Tensor]
 
@@ -114,7 +100,6 @@ def teacher_chain(
     num_steps: int,
     step_size: float | Tensor,
     kernel: Callable = langevin_step,
-    thin: int = 1,
     route: Callable[[Tensor], ValueAndGrad] | None = None,
     generator: torch.Generator | None = None,
 ) -> SampledChain:
@@ -128,11 +113,10 @@ def teacher_chain(
         ``step_size / 2`` times the gradient and noise ``sqrt(step_size)``.
     :param kernel: ``langevin_step`` (no Metropolis test, as in the source), ``mala_step``, or
         ``partial(hmc_step, num_steps=L)`` of :mod:`amortised.mcmc`.
-    :param thin: keep one position in ``thin``.
     :param route: a faster way to the likelihood: maps x to a callable
         ``z -> (log-likelihood [K, B], gradient [K, B, D])``. By default the model and autograd.
     :param generator: source of the chain's randomness; the global stream when None.
-    :return: positions after the steps, ``[T // thin, K, B, D]``, without the start; and the mean
+    :return: positions after the steps, ``[T, K, B, D]``, without the start; and the mean
         acceptance probability ``[K, B]``, None for the unadjusted kernel.
     :raises FloatingPointError: when a position is not finite. Nothing is ever clipped.
 
@@ -145,32 +129,21 @@ def teacher_chain(
     >>> chain.samples.shape, chain.acceptance_rate
     (torch.Size([4, 3, 5, 1]), None)
     """
+    check_counts(num_steps=num_steps)
     _check_finite(z0, "the student's samples")
-    if route is None:
-        logdensity_fn = partial(model.log_joint, x)
-    else:
-        likelihood, log_prior_fn = route(x), model.prior().log_prob
-
-        def logdensity_fn(z: Tensor) -> Tensor:
-            return log_prior_fn(z) + _GivenGradient.apply(z, likelihood)
-
-    def step(state):
-        return kernel(state, logdensity_fn, step_size, generator=generator)
-
-    if num_steps < thin:
-        raise ValueError(f"num_steps must be at least 1, and at least thin={thin}; got {num_steps}")
-    chain = sample_chain(step, z0.detach(), num_steps // thin, thin=thin)
+    logdensity_fn = partial(model.log_joint, x)
+    if route is not None:
+        logdensity_fn = partial(_given_log_joint, model.prior().log_prob, route(x))
+    step = partial(kernel, logdensity_fn=logdensity_fn, step_size=step_size, generator=generator)
+    chain = sample_chain(step, z0.detach(), num_steps)
     _check_finite(chain.samples, "the chain's positions")
     return chain
 
 
-def teacher_samples(
-    model: LatentVariableModel, x: Tensor, z0: Tensor, *, num_steps: int, **settings
-) -> Tensor:
+def teacher_samples(model: LatentVariableModel, x: Tensor, z0: Tensor, **settings) -> Tensor:
     r"""Samples :math:`z_T \sim q_T(z \mid x)` of the teacher: the end of :func:`teacher_chain`.
 
-    :param num_steps: T.
-    :param settings: the other settings of :func:`teacher_chain`, ``step_size`` among them.
+    :param settings: ``num_steps``, ``step_size`` and the other settings of :func:`teacher_chain`.
     :return: ``[K, B, D]``, without graph; other arguments and errors as there.
 
     >>> from amortised.mcmc import mala_step
@@ -182,22 +155,13 @@ def teacher_samples(
     >>> (z.mean(0) - model.posterior(x).mean).abs() < 0.05
     tensor([[True]])
     """
-    return teacher_chain(model, x, z0, num_steps=num_steps, thin=num_steps, **settings).samples[-1]
+    return teacher_chain(model, x, z0, **settings).samples[-1]
 
 
-class _GivenGradient(torch.autograd.Function):
-    """A function of z whose gradient is computed with its value, as autograd sees it."""
-
-    @staticmethod
-    def forward(ctx, z: Tensor, value_and_grad_fn: ValueAndGrad) -> Tensor:
-        value, grad = value_and_grad_fn(z.detach())
-        ctx.save_for_backward(grad)
-        return value
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:
-        (grad,) = ctx.saved_tensors
-        return grad_output.unsqueeze(-1) * grad, None
+def _given_log_joint(log_prior_fn: Callable, likelihood: ValueAndGrad, z: Tensor) -> Tensor:
+    """The log-joint at z, where autograd is to find the gradient that the likelihood gives."""
+    value, grad = likelihood(z.detach())
+    return log_prior_fn(z) + value + (grad * (z - z.detach())).sum(-1)
 
 
 class PersistentChains(nn.Module):
@@ -211,7 +175,7 @@ class PersistentChains(nn.Module):
     :param num_data: N.
     :param latent_dim: D.
     :param num_chains: K.
-    :raises ValueError: when a number is less than 1.
+    :raises ValueError: when a number is no positive integer.
 
     >>> chains = PersistentChains(num_data=60_000, latent_dim=32)
     >>> chains.num_bytes, chains(torch.tensor([3, 5])).shape
@@ -220,11 +184,7 @@ class PersistentChains(nn.Module):
 
     def __init__(self, num_data: int, latent_dim: int, num_chains: int = 1):
         super().__init__()
-        if min(num_data, latent_dim, num_chains) < 1:
-            raise ValueError(
-                "num_data, latent_dim and num_chains must be at least 1; got "
-                f"{num_data}, {latent_dim} and {num_chains}"
-            )
+        check_counts(num_data=num_data, latent_dim=latent_dim, num_chains=num_chains)
         self.register_buffer("z", torch.randn(num_chains, num_data, latent_dim))
 
     @property
@@ -239,6 +199,112 @@ class PersistentChains(nn.Module):
     def store(self, index: Tensor, z: Tensor) -> None:
         """Leave the chains of the images ``index`` ``[B]`` at z, ``[K, B, D]``."""
         self.z[:, index] = z
+
+
+# --- rules of distillation -----------------------------------------------------------------------
+
+
+class Lesson(NamedTuple):
+    """What the losses of a :class:`Rule` may look at, for one minibatch.
+
+    ``model`` is p(x, z); ``discriminator`` is D(x, z), or None; ``x`` is ``[B, P]``; ``z_student``,
+    ``[K, B, D]``, has the graph of its draw; ``z_teacher``, ``[M, B, D]``, has none; ``q`` is the
+    student's distribution where the rule needs a density, and otherwise None.
+    """
+
+    model: LatentVariableModel
+    discriminator: Critic | None
+    x: Tensor
+    z_student: Tensor
+    z_teacher: Tensor
+    q: Distribution | None
+
+
+class Rule(NamedTuple):
+    r"""How a student is drawn to its teacher: a loss for it, and one for a discriminator, if any.
+
+    A loss maps a :class:`Lesson` to one value for each observation. Where the rule is a game, the
+    discriminator first takes ``num_critic_steps`` steps on its loss. Then the student takes one on
+    its own. Each is descended in the parameters of its own network alone (:func:`descend`).
+
+    The student must offer ``min_samples`` samples for each observation or more, and a distribution
+    if the rule ``needs_density``; otherwise its samples must have a gradient. ``RULES`` holds four:
+
+    - ``"gan"`` and ``"wasserstein"``, the games :func:`gan` and :func:`wasserstein`;
+    - ``"mmd"``: :func:`amortised.adversarial.mmd_squared`, of at least 8 samples;
+    - ``"inclusive_kl"``: :math:`-\mathbb{E}_{q_T} \log q_\phi(z \mid x)`, which needs a density.
+
+    Another is a line or two, such as this one, which matches the means:
+
+    >>> rule = Rule("means", lambda s: (s.z_student.mean(0) - s.z_teacher.mean(0)).square().sum(-1))
+    >>> rule.is_game, list(RULES)
+    (False, ['gan', 'wasserstein', 'mmd', 'inclusive_kl'])
+    """
+
+    name: str
+    student_loss: Callable[[Lesson], Tensor]
+    discriminator_loss: Callable[[Lesson], Tensor] | None = None
+    num_critic_steps: int = 1
+    min_samples: int = 1
+    needs_density: bool = False
+
+    @property
+    def is_game(self) -> bool:
+        """Whether the rule has a discriminator."""
+        return self.discriminator_loss is not None
+
+
+def gan(num_critic_steps: int = 1) -> Rule:
+    """The original game, with :func:`amortised.adversarial.discriminator_loss` and, for the
+    student, :func:`amortised.adversarial.generator_loss`.
+
+    :param num_critic_steps: steps of the discriminator on the samples of one minibatch.
+
+    >>> gan(num_critic_steps=2).name
+    'gan'
+    """
+    return Rule(
+        "gan",
+        lambda s: adversarial.generator_loss(s.discriminator, s.x, s.z_student),
+        lambda s: adversarial.discriminator_loss(s.discriminator, s.x, s.z_teacher, s.z_student),
+        num_critic_steps,
+    )
+
+
+def wasserstein(num_critic_steps: int = 5, penalty_weight: float = 10.0) -> Rule:
+    """The Wasserstein game, with :func:`amortised.adversarial.critic_loss`, which wants as many
+    samples of the teacher as of the student, and, for the student,
+    :func:`amortised.adversarial.critic_student_loss`.
+
+    :param num_critic_steps: steps of the critic on the samples of one minibatch.
+    :param penalty_weight: weight of the gradient penalty.
+
+    Source: the defaults are those of Gulrajani et al. (2017).
+
+    >>> wasserstein(penalty_weight=0.1).num_critic_steps
+    5
+    """
+    critic_loss = partial(adversarial.critic_loss, penalty_weight=penalty_weight)
+    return Rule(
+        "wasserstein",
+        lambda s: adversarial.critic_student_loss(s.discriminator, s.x, s.z_student),
+        lambda s: critic_loss(s.discriminator, s.x, s.z_teacher, s.z_student),
+        num_critic_steps,
+    )
+
+
+_MMD = Rule(
+    "mmd", lambda s: adversarial.mmd_squared(s.z_student, s.z_teacher), min_samples=MIN_MMD_SAMPLES
+)
+_INCLUSIVE_KL = Rule("inclusive_kl", lambda s: -s.q.log_prob(s.z_teacher), needs_density=True)
+RULES = {rule.name: rule for rule in (gan(), wasserstein(), _MMD, _INCLUSIVE_KL)}
+
+# That of `mcmc_vi_step`, which looks away from the teacher.
+_ELBO = Rule(
+    "elbo",
+    lambda s: -elbo(s.model, s.q, s.x, len(s.z_student), analytic_kl=True),
+    needs_density=True,
+)
 
 
 # --- training steps ------------------------------------------------------------------------------
@@ -271,28 +337,18 @@ def amc_step(
     x: Tensor,
     model: LatentVariableModel,
     encoder: Encoder,
-    optimizers: Mapping[str, Optimizer],
+    optimizers: Optimizers,
     *,
     teacher: Teacher,
-    rule: str = "gan",
-    discriminator: Callable[[Tensor, Tensor], Tensor] | None = None,
-    decoder_samples: str = "teacher",
+    rule: str | Rule = "gan",
+    discriminator: Critic | None = None,
     num_samples: int = 1,
-    num_critic_steps: int = 1,
-    penalty_weight: float = 10.0,
 ) -> dict[str, Tensor]:
     r"""One training step of amortised MCMC.
 
     1. Propose :math:`z_0 \sim q_\phi(z \mid x)` and improve it to :math:`z_T`.
     2. The decoder ascends :math:`\log p_\theta(x, z_T)`.
-    3. The student descends the distance to the teacher that the rule names:
-
-       - ``"gan"``: a step of :func:`amortised.adversarial.discriminator_loss`, then
-         :func:`amortised.adversarial.generator_loss`;
-       - ``"wasserstein"``: a step of :func:`amortised.adversarial.critic_loss`, then
-         :func:`amortised.adversarial.critic_student_loss`;
-       - ``"mmd"``: :func:`amortised.adversarial.mmd_squared`, at least 8 samples;
-       - ``"inclusive_kl"``: :math:`-\mathbb{E}_{q_T} \log q_\phi(z \mid x)`, if q has a density.
+    3. In a game the discriminator descends its loss; then the student descends that of the rule.
 
     :param x: observations, ``[B, P]``; binary images are drawn anew before each call.
     :param model: the decoder.
@@ -302,14 +358,12 @@ def amc_step(
     :param teacher: maps x and :math:`z_0` to samples ``[M, B, D]`` without graph, usually
         ``partial(teacher_samples, model, ...)``. To learn from the whole path return
         ``teacher_chain(...).samples.flatten(0, 1)``.
-    :param rule: one of :data:`RULES`.
+    :param rule: a :class:`Rule`, or the name of one in ``RULES``.
     :param discriminator: D(x, z) of a game, or its critic.
-    :param decoder_samples: whose z trains the decoder, ``"teacher"`` or ``"student"``.
     :param num_samples: K samples of the student for each observation.
-    :param num_critic_steps: steps of the discriminator on these samples.
-    :param penalty_weight: weight of the gradient penalty.
     :return: the mean losses ``"model"``, ``"discriminator"`` and ``"encoder"``, those that apply.
-    :raises ValueError: for unknown names, or a discriminator that is missing or not used.
+    :raises ValueError: for an unknown name, too few samples, or a discriminator or an optimiser
+        that is missing or not used.
     :raises TypeError: when the rule needs a density, or a gradient through z, that q has not.
 
     Source: Li, Turner and Liu (2017); the order of the updates is an assumption.
@@ -325,43 +379,30 @@ def amc_step(
     >>> list(losses)
     ['encoder']
     """
-    is_game = rule in ("gan", "wasserstein")
-    _check_choice("rule", rule, RULES)
-    _check_choice("decoder_samples", decoder_samples, ("teacher", "student"))
-    _check_optimizers(optimizers, {"encoder"} | ({"discriminator"} if is_game else set()))
-    if is_game != (discriminator is not None):
-        raise ValueError(f"rule {rule!r} {'needs a' if is_game else 'has no'} discriminator")
+    if not isinstance(rule, Rule):
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, or a Rule; got {rule!r}")
+        rule = RULES[rule]
+    if rule.is_game != (discriminator is not None):
+        raise ValueError(
+            f"rule {rule.name!r} {'needs a' if rule.is_game else 'has no'} discriminator"
+        )
+    _check_optimizers(optimizers, {"encoder"} | ({"discriminator"} if rule.is_game else set()))
+    check_counts(minimum=rule.min_samples, num_samples=num_samples)
 
-    if rule == "inclusive_kl":
-        q = _distribution(encoder, x)
-        z_student = _draw(q, num_samples).detach()
-    else:
-        z_student = student_samples(encoder, x, num_samples)
-        if not z_student.requires_grad:
-            raise TypeError(f"rule {rule!r} needs a student whose samples have a gradient")
+    q = _distribution(encoder, x) if rule.needs_density else None
+    z_student = student_samples(encoder, x, num_samples) if q is None else _draw(q, num_samples)
+    if q is None and not z_student.requires_grad:
+        raise TypeError(f"rule {rule.name!r} needs a student whose samples have a gradient")
     z_teacher = teacher(x, z_student.detach())
+    lesson = Lesson(model, discriminator, x, z_student, z_teacher, q)
     losses = {}
-
     if "model" in optimizers:
-        z = z_teacher if decoder_samples == "teacher" else z_student.detach()
-        losses["model"] = descend(-model.log_joint(x, z), optimizers["model"])
-
-    for _ in range(num_critic_steps if is_game else 0):
-        if rule == "gan":
-            loss = adversarial.discriminator_loss(discriminator, x, z_teacher, z_student)
-        else:
-            loss = adversarial.critic_loss(discriminator, x, z_teacher, z_student, penalty_weight)
+        losses["model"] = descend(-model.log_joint(x, z_teacher), optimizers["model"])
+    for _ in range(rule.num_critic_steps if rule.is_game else 0):
+        loss = rule.discriminator_loss(lesson)
         losses["discriminator"] = descend(loss, optimizers["discriminator"])
-
-    if rule == "gan":
-        loss = adversarial.generator_loss(discriminator, x, z_student)
-    elif rule == "wasserstein":
-        loss = adversarial.critic_student_loss(discriminator, x, z_student)
-    elif rule == "mmd":
-        loss = adversarial.mmd_squared(z_student, z_teacher)
-    else:
-        loss = -q.log_prob(z_teacher)
-    losses["encoder"] = descend(loss, optimizers["encoder"])
+    losses["encoder"] = descend(rule.student_loss(lesson), optimizers["encoder"])
     return losses
 
 
@@ -369,7 +410,7 @@ def vae_step(
     x: Tensor,
     model: LatentVariableModel,
     encoder: Callable[[Tensor], Distribution],
-    optimizers: Mapping[str, Optimizer],
+    optimizers: Optimizers,
     *,
     num_samples: int = 1,
 ) -> dict[str, Tensor]:
@@ -392,19 +433,14 @@ def vae_step(
 
 
 def mcmc_vi_step(
-    x: Tensor,
-    model: LatentVariableModel,
-    encoder: Callable[[Tensor], Distribution],
-    optimizers: Mapping[str, Optimizer],
-    *,
-    teacher: Teacher,
-    num_samples: int = 1,
+    x: Tensor, model: LatentVariableModel, encoder: Encoder, optimizers: Optimizers, **settings
 ) -> dict[str, Tensor]:
     r"""MCMC-corrected VI: the decoder learns from :math:`z_T`, the student from the ELBO alone.
 
     Nothing pulls the student towards the teacher, so samples at test time still need the chain.
 
-    :return: the mean losses ``"model"`` and ``"encoder"``; arguments as in :func:`amc_step`.
+    :param settings: ``teacher`` and ``num_samples``, as in :func:`amc_step`.
+    :return: the mean losses ``"model"`` and ``"encoder"``; other arguments as in :func:`amc_step`.
     :raises TypeError: when q has no density.
 
     Source: de Freitas et al. (2001); Hoffman (2017).
@@ -419,23 +455,16 @@ def mcmc_vi_step(
     >>> list(mcmc_vi_step(torch.ones(5, 1), model, encoder, optimizers, teacher=teacher))
     ['model', 'encoder']
     """
-    _check_optimizers(optimizers, {"encoder"})
-    q, losses = _distribution(encoder, x), {}
-    if "model" in optimizers:
-        z_teacher = teacher(x, _draw(q, num_samples).detach())
-        losses["model"] = descend(-model.log_joint(x, z_teacher), optimizers["model"])
-    loss = -elbo(model, q, x, num_samples, analytic_kl=True)
-    losses["encoder"] = descend(loss, optimizers["encoder"])
-    return losses
+    return amc_step(x, model, encoder, optimizers, rule=_ELBO, **settings)
 
 
 def avb_step(
     x: Tensor,
     model: LatentVariableModel,
     encoder: Encoder,
-    optimizers: Mapping[str, Optimizer],
+    optimizers: Optimizers,
     *,
-    discriminator: Callable[[Tensor, Tensor], Tensor],
+    discriminator: Critic,
     num_samples: int = 1,
     contrast: bool = False,
 ) -> dict[str, Tensor]:
@@ -477,7 +506,7 @@ def persistent_step(
     index: Tensor,
     model: LatentVariableModel,
     chains: PersistentChains,
-    optimizers: Mapping[str, Optimizer],
+    optimizers: Optimizers,
     *,
     teacher: Teacher,
 ) -> dict[str, Tensor]:
@@ -508,12 +537,7 @@ def persistent_step(
     return {"model": descend(-model.log_joint(x, z), optimizers["model"])}
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-
-
-def _check_optimizers(optimizers: Mapping[str, Optimizer], required: set[str]) -> None:
+def _check_optimizers(optimizers: Optimizers, required: set[str]) -> None:
     if not required <= optimizers.keys() <= required | {"model"}:
         raise ValueError(
             f"this step needs optimizers for {', '.join(sorted(required))}, and takes one for "
@@ -523,6 +547,4 @@ def _check_optimizers(optimizers: Mapping[str, Optimizer], required: set[str]) -
 
 def _check_finite(z: Tensor, what: str) -> None:
     if not all_finite(z):
-        raise FloatingPointError(
-            f"{what} are not finite; use a smaller step_size or learning rate (nothing is clipped)"
-        )
+        raise FloatingPointError(f"{what} are not finite; use a smaller step_size or learning rate")

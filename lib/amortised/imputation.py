@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent
 
-from .ais import ais
+from .ais import AISSettings, ais
 from .amc import Encoder, student_samples
 from .mcmc import hmc_step, sample_chain
 from .models import LatentVariableModel
-from .numerics import effective_sample_size
+from .numerics import check_counts, effective_sample_size
 
 __all__ = [
     "MASKS",
@@ -108,7 +108,7 @@ def impute(
     (tensor([3.]), True)
     """
     _check_mask(x, mask)
-    _check_counts(num_iterations=num_iterations, num_chains=num_chains)
+    check_counts(num_iterations=num_iterations, num_chains=num_chains)
     start = torch.as_tensor(start, dtype=x.dtype, device=x.device)
     images = torch.where(mask, start, x).expand(num_chains, *x.shape)
     for _ in range(num_iterations):
@@ -245,9 +245,7 @@ def conditional_samples(
     mask: Tensor,
     num_chains: int,
     *,
-    schedule: Tensor,
-    step_size: float,
-    num_leapfrog: int,
+    settings: AISSettings,
     num_steps: int,
     generator: torch.Generator | None = None,
 ) -> ConditionalSamples:
@@ -261,9 +259,8 @@ def conditional_samples(
     :param x: observations, ``[B, P]``.
     :param mask: True where missing, ``[P]`` or ``[B, P]``.
     :param num_chains: K.
-    :param schedule: inverse temperatures, from 0 to 1.
-    :param step_size: leapfrog step, a number, of both stages.
-    :param num_leapfrog: leapfrog steps of a transition, of both stages.
+    :param settings: of annealing; its step size, a number, and its leapfrog steps serve both
+        stages.
     :param num_steps: Hamiltonian transitions after annealing, at least 1.
     :param generator: source of the chains' randomness; the global stream when None.
     :return: a :class:`ConditionalSamples`; errors as in :func:`amortised.ais.ais`.
@@ -272,20 +269,21 @@ def conditional_samples(
     >>> from amortised.models import LinearGaussian
     >>> model = LinearGaussian(torch.ones(2, 1), torch.zeros(2), 1.0)
     >>> x, mask = torch.tensor([[3.0, 0.0]]), torch.tensor([False, True])
+    >>> settings = AISSettings(linear_schedule(10), step_size=0.5, num_leapfrog=2)
+    >>> generator = torch.Generator().manual_seed(0)
     >>> reference = conditional_samples(
-    ...     model, x, mask, 4000, schedule=linear_schedule(10), step_size=0.5, num_leapfrog=2,
-    ...     num_steps=5, generator=torch.Generator().manual_seed(0),
+    ...     model, x, mask, 4000, settings=settings, num_steps=5, generator=generator
     ... )
     >>> bool((reference.x[..., 1].mean() - 1.5).abs() < 0.1)
     True
     """
     _check_mask(x, mask)
-    _check_counts(num_chains=num_chains, num_steps=num_steps)
+    check_counts(num_chains=num_chains, num_steps=num_steps)
+    settings = AISSettings(*settings)
     log_prior_fn = model.prior().log_prob
     log_likelihood_fn = partial(observed_log_likelihood, model, x, mask)
     z0 = model.prior().sample((num_chains, len(x)))
-    hamiltonian = {"step_size": step_size, "num_leapfrog": num_leapfrog, "generator": generator}
-    annealed = ais(log_prior_fn, log_likelihood_fn, z0, schedule, **hamiltonian)
+    annealed = ais((log_prior_fn, log_likelihood_fn), z0, settings, generator=generator)
     weights = annealed.log_weights.softmax(0).T
     chosen = torch.multinomial(weights, num_chains, replacement=True, generator=generator).T
     z = annealed.z.gather(0, chosen.unsqueeze(-1).expand_as(annealed.z))
@@ -293,9 +291,13 @@ def conditional_samples(
     def logdensity_fn(z: Tensor) -> Tensor:
         return log_prior_fn(z) + log_likelihood_fn(z)
 
-    def kernel(state):
-        return hmc_step(state, logdensity_fn, step_size, num_leapfrog, generator=generator)
-
+    kernel = partial(
+        hmc_step,
+        logdensity_fn=logdensity_fn,
+        step_size=settings.step_size,
+        num_steps=settings.num_leapfrog,
+        generator=generator,
+    )
     chain = sample_chain(kernel, z, 1, thin=num_steps)
     z = chain.samples[-1]
     with torch.no_grad():
@@ -303,12 +305,6 @@ def conditional_samples(
     return ConditionalSamples(
         completed, z, effective_sample_size(annealed.log_weights), chain.acceptance_rate
     )
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
 
 
 def _check_mask(x: Tensor, mask: Tensor) -> None:

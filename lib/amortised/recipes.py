@@ -226,7 +226,7 @@ def _amc_step(
     )
     if not plain:
         dtype = DTYPES[config["chain_dtype"]]
-        teacher.keywords["likelihood"] = RefreshedLikelihood(decoder, dtype=dtype)
+        teacher.keywords["route"] = RefreshedLikelihood(decoder, dtype=dtype)
     trained = (decoder, encoder, optimizers)
     samples = {"num_samples": config["num_student_samples"]}
     if config["method"] == "vae":

@@ -89,12 +89,12 @@ def _finite_vector(name: str, values) -> np.ndarray:
     vector = np.asarray(values, dtype=np.float64)
     if vector.ndim != 1:
         raise ValueError(f"{name} has shape {vector.shape}; give one value per image, shape [N]")
-    if not np.isfinite(vector).all():
-        count = int((~np.isfinite(vector)).sum())
+    bad = np.flatnonzero(~np.isfinite(vector))
+    if bad.size:
         raise ValueError(
-            f"{name} holds {count} values of {vector.size} that are not finite, the first at "
-            f"position {int(np.argmin(np.isfinite(vector)))}. A mean over the others would be "
-            "another quantity: find out where they come from."
+            f"{name} holds {bad.size} values of {vector.size} that are not finite, the first at "
+            f"position {bad[0]}. A mean over the others would be another quantity: find out where "
+            "they come from."
         )
     return vector
 
@@ -168,9 +168,7 @@ def summarise(per_image: Mapping[str, Tensor]) -> dict[str, dict]:
 
 def _canonical(value: object, where: str) -> object:
     """``value`` as plain JSON data in which equal settings look alike."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
+    if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
@@ -214,30 +212,21 @@ def config_hash(config: Mapping) -> str:
 
 def _git(*words: str) -> str | None:
     """Output of a git command in the repository, or ``None`` where that is no git checkout."""
+    command = ["git", "-C", str(data_folder().parent), *words]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(data_folder().parent), *words],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=30,
-        )
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
+    if device.type == "cpu" and cpuinfo.is_file():
         names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if names:
-            return names[0].strip()
-    return platform.processor() or platform.machine()
+        return names[0].strip() if names else platform.machine()
+    return platform.processor() or device.type
 
 
 def provenance(
@@ -314,19 +303,20 @@ def check_result(record: Mapping, per_image: Mapping[str, Tensor] | None = None)
     Traceback (most recent call last):
     ...
     amortised.results.ResultError: the result departs from its format:
-      top level: row is missing
-    ...
+      row is missing
+      ...
     """
     from . import schemas  # needs pydantic, which the machine that trains may lack
 
     try:
         schemas.validate(schemas.ResultRecord, record, "the result")
-    except schemas.FormatError as error:
+    except (schemas.FormatError, TypeError) as error:  # the latter of a config that no JSON holds
         raise ResultError(str(error)) from error
     faults = []
     for name, values in (per_image or {}).items():
         if not isinstance(values, Tensor) or values.dtype != torch.float32 or values.ndim != 1:
-            kind = getattr(values, "dtype", type(values).__name__)
+            is_tensor = isinstance(values, Tensor)
+            kind = f"{values.dtype} {list(values.shape)}" if is_tensor else type(values).__name__
             faults.append(f"{name!r} is {kind}, expected a float32 tensor [N]")
         elif name not in record["metrics"]:
             faults.append(f"{name!r} has no metric of its name")
@@ -519,7 +509,7 @@ def load_weights(path: str | Path, module: nn.Module, architecture: Mapping) -> 
     Traceback (most recent call last):
     ...
     amortised.results.ResultError: .../layer.safetensors does not fit the module:
-      architecture: inputs is 3 in the file, 4 in the module
+      architecture, inputs: 3 in the file, 4 in the module
       weight: float32 [2, 3] in the file, float32 [2, 4] in the module
     """
     wanted = json.loads(_canonical_json(architecture, "architecture"))
@@ -532,30 +522,28 @@ def load_weights(path: str | Path, module: nn.Module, architecture: Mapping) -> 
         written, details = stored["architecture"], stored["details"]
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ResultError(f"{path} is damaged or not of this project: {error!r}") from error
-    absent = "absent"
-    faults = [
-        f"architecture: {key} is {written.get(key, absent)} in the file, "
-        f"{wanted.get(key, absent)} in the module"
-        for key in sorted(written.keys() | wanted.keys())
-        if written.get(key, absent) != wanted.get(key, absent)
-    ]
     state = module.state_dict()
     for name in tensors.keys() & state.keys():
         if (tensors[name].dtype, state[name].dtype) == (torch.float16, torch.float32):
             tensors[name] = tensors[name].float()
-    for name in sorted(tensors.keys() | state.keys()):
-        found, needed = (
-            f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-            if (value := source.get(name)) is not None
-            else absent
-            for source in (tensors, state)
-        )
-        if found != needed:
-            faults.append(f"{name}: {found} in the file, {needed} in the module")
+    found, needed = _described(written, tensors), _described(wanted, state)
+    faults = [
+        f"{key}: {found.get(key, 'absent')} in the file, {needed.get(key, 'absent')} in the module"
+        for key in sorted(found.keys() | needed.keys())
+        if found.get(key) != needed.get(key)
+    ]
     if faults:
         raise ResultError(f"{path} does not fit the module:\n  " + "\n  ".join(faults))
     module.load_state_dict(tensors)
     return details
+
+
+def _described(architecture: Mapping, tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    """Each entry of an architecture and each tensor, in words."""
+    return {f"architecture, {key}": value for key, value in architecture.items()} | {
+        name: f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        for name, tensor in tensors.items()
+    }
 
 
 # ------------------------------------------------------------------- published numbers and tables

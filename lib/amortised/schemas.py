@@ -79,14 +79,18 @@ def explain(error: ValidationError, kind: Any, source: str | os.PathLike) -> str
 
 
 def _fault(kind: Any, *, type: str, loc: tuple, msg: str, input: object, ctx: object = None) -> str:
-    if type == "missing":
-        return f"{_place(loc[:-1])}: {loc[-1]} is missing"
-    if type == "extra_forbidden":
-        known = ", ".join(_names(kind, loc[:-1]))
-        return f"{_place(loc[:-1])}: unknown name {loc[-1]!r} (known: {known})"
-    value = textwrap.shorten(repr(input), 100, placeholder=" ...")
     what = msg.removeprefix("Value error, ")
-    return f"{_place(loc)} = {value}: {what[0].lower()}{what[1:]}"
+    if type == "missing":
+        loc, what = loc[:-1], f"{loc[-1]} is missing"
+    elif type == "extra_forbidden":
+        known = ", ".join(_names(kind, loc[:-1]))
+        loc, what = loc[:-1], f"unknown name {loc[-1]!r} (known: {known})"
+    elif type != "value_error":
+        if type == "float_type" and isinstance(input, str):
+            what += "; this is text, as is 1e-3 in YAML, which reads 1.0e-3 as a number"
+        value = textwrap.shorten(repr(input), 100, placeholder=" ...")
+        return f"{_place(loc)} = {value}: {what[0].lower()}{what[1:]}"
+    return f"{_place(loc)}: {what}" if loc else what
 
 
 def _place(location: Iterable[str | int]) -> str:

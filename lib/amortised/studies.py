@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import Field, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from . import data
 from .recipes import RECIPES
@@ -84,21 +91,22 @@ class AmcOptions(TrainingOptions):
     def _parts_fit_together(self) -> Self:
         has_chain = self.method in ("mcmc_vi", "amc", "persistent")
         needs_density = self.method in ("vae", "mcmc_vi") or self.rule == "inclusive_kl"
-        for is_wrong, option, why in (
-            ((self.encoder == "none") != (self.method == "persistent"), "encoder", ""),
-            (needs_density and self.encoder != "gaussian", "encoder", ", which needs a density"),
-            (has_chain != (self.kernel != "none"), "kernel", ""),
-            (has_chain != (self.num_steps > 0), "num_steps", ""),
-            (has_chain != (self.step_size > 0), "step_size", ""),
-            ((self.method == "amc") != (self.rule != "none"), "rule", ""),
-            (self.rule == "mmd" and self.num_student_samples < 8, "num_student_samples",
-             " and rule = 'mmd', which needs at least 8"),
-        ):  # fmt: skip
-            if is_wrong:
-                value = getattr(self, option)
-                raise ValueError(
-                    f"{option} = {value!r} does not go with method = {self.method!r}{why}"
-                )
+        fits = {
+            "encoder": (self.encoder == "none") == (self.method == "persistent")
+            and (self.encoder == "gaussian" or not needs_density),
+            "kernel": has_chain == (self.kernel != "none"),
+            "num_steps": has_chain == (self.num_steps > 0),
+            "step_size": has_chain == (self.step_size > 0),
+            "rule": (self.method == "amc") == (self.rule != "none"),
+            "num_student_samples": self.rule != "mmd" or self.num_student_samples >= 8,
+        }
+        for name in (name for name, fit in fits.items() if not fit):
+            raise ValueError(
+                f"{name} = {getattr(self, name)!r} does not go with method = {self.method!r}, "
+                f"rule = {self.rule!r}. The chain of mcmc_vi, amc and persistent needs a kernel, "
+                "steps and a step size; vae, mcmc_vi and inclusive_kl need a Gaussian encoder, "
+                "persistent takes none; a rule belongs to amc, and mmd needs 8 samples or more"
+            )
         return self
 
 
@@ -133,15 +141,23 @@ OPTIONS: dict[str, type[Strict]] = {
 
 # --- the file ------------------------------------------------------------------------------------
 
+
+def _distinct(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{values} holds a value twice")
+    return values
+
+
 Scale = Literal["laptop", "full"]
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
 Options = dict[str, Any]
 
 
 class Row(Strict):
     """What a row says of itself beside its options."""
 
-    scales: Annotated[list[Scale], Field(min_length=1)] | None = None
-    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
+    scales: Annotated[list[Scale], Field(min_length=1), AfterValidator(_distinct)] | None = None
+    seeds: Seeds | None = None
     keep: tuple[Literal["decoder", "encoder"], ...] = Field((), strict=False)
 
 
@@ -151,7 +167,7 @@ class Study(Strict):
     title: str
     recipe: Literal[tuple(RECIPES)]
     recipe_version: PositiveInt
-    seeds: Annotated[list[Seed], Field(min_length=1)]
+    seeds: Seeds
     common: Options
     scales: dict[Scale, Options]
     rows: dict[Name, Options | None]
@@ -272,7 +288,7 @@ def _tied(
     if "trained" not in run.config:
         return run
     wanted = (run.config["trained_study"], run.config["trained"], run.scale, run.seed)
-    others = studies.get(wanted[0], [])
+    others = [other for other in studies.get(wanted[0], []) if RECIPES[other.recipe].build]
     needs = next((other for other in others if other[:4] == wanted), None)
     if needs is None:
         rows = ", ".join(dict.fromkeys(other.row for other in others)) or "none"
