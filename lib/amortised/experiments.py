@@ -39,18 +39,6 @@ from .files import LockedError, OutOfTimeError, atomic_write, load_tree, lock
 from .schemas import FormatError
 from .studies import SCALES, Experiment, load_studies
 
-__all__ = [
-    "Experiment",
-    "State",
-    "load_studies",
-    "main",
-    "prepare",
-    "record",
-    "run_experiment",
-    "select",
-    "state_of",
-]
-
 
 class State(NamedTuple):
     """Where a run stands: ``missing``, ``partial``, ``done``, ``stale`` or ``failed``.

@@ -32,27 +32,6 @@ from torch import Tensor, nn
 from .data import data_folder, digests
 from .files import atomic_write
 
-__all__ = [
-    "Estimate",
-    "Result",
-    "ResultError",
-    "Table",
-    "check_result",
-    "config_hash",
-    "format_estimate",
-    "load_published",
-    "load_result",
-    "load_weights",
-    "markdown_table",
-    "mean_and_se",
-    "paired_difference",
-    "provenance",
-    "result_path",
-    "save_result",
-    "save_weights",
-    "summarise",
-]
-
 
 class ResultError(ValueError):
     """A result or a file of weights departs from its format; the message lists every fault."""

@@ -51,8 +51,6 @@ from .numerics import argument_validation
 from .recipes import ARCHITECTURES, RECIPES, Outcome, Run
 from .training import FitResult, fit, half_cosine
 
-__all__ = ["execute", "folder_name", "main", "read_json", "write_json"]
-
 EXIT_FAILED, EXIT_USAGE, EXIT_OUT_OF_TIME = 1, 2, 3
 HISTORY_LENGTH = 40  # means of the losses that a result keeps
 

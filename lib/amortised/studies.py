@@ -28,9 +28,6 @@ from . import data
 from .recipes import RECIPES
 from .schemas import FormatError, Name, Seed, Strict, explain
 
-__all__ = ["OPTIONS", "SCALES", "AmcOptions", "Experiment", "ImputationOptions", "Study",
-           "VaeOptions", "load_studies"]  # fmt: skip
-
 SCALES = ("laptop", "full")
 """``laptop``: minutes to an hour on one core, three seeds. ``full``: on a GPU."""
 
@@ -153,7 +150,7 @@ Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
 Options = dict[str, Any]
 
 
-class Row(Strict):
+class _Row(Strict):
     """What a row says of itself beside its options."""
 
     scales: Annotated[list[Scale], Field(min_length=1), AfterValidator(_distinct)] | None = None
@@ -173,7 +170,7 @@ class Study(Strict):
     rows: dict[Name, Options | None]
 
 
-class File(Strict):
+class _File(Strict):
     studies: dict[Name, Study]
 
 
@@ -221,7 +218,7 @@ def load_studies(path: str | os.PathLike | None = None) -> dict[str, list[Experi
         raise FormatError(f"there is no file of studies {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FormatError(f"{path} is not YAML: {error}") from None
-    file = _validated(File, tree, "", faults)
+    file = _validated(_File, tree, "", faults)
     found: dict[str, list[Experiment]] = {}
     for name, study in {} if file is None else file.studies.items():
         found[name] = [
@@ -264,8 +261,8 @@ def _runs(
 ) -> Iterator[Experiment]:
     """The runs of one row: each of its scales with each of its seeds."""
     where = f"studies.{name}.rows.{row}"
-    about = {key: value for key, value in options.items() if key in Row.model_fields}
-    settings = _validated(Row, about, where, faults)
+    about = {key: value for key, value in options.items() if key in _Row.model_fields}
+    settings = _validated(_Row, about, where, faults)
     if settings is None:
         return
     for scale in settings.scales or study.scales:
