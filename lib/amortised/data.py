@@ -38,23 +38,6 @@ import torch
 
 from .files import atomic_write
 
-__all__ = [
-    "BINARY_SEED",
-    "SPLITS",
-    "DataError",
-    "Digits",
-    "binarise",
-    "cache_folder",
-    "data_folder",
-    "digests",
-    "fetch",
-    "load_mnist",
-    "load_mnist_binary",
-    "load_static_mnist",
-    "read_bytes",
-    "registry",
-]
-
 SPLITS = {
     "train": ("train", slice(0, 60_000)),
     "test": ("t10k", slice(0, 10_000)),
