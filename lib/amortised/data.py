@@ -489,7 +489,7 @@ def load_static_mnist(split: str = "train", dtype: torch.dtype = torch.float32) 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line ``python -m amortised.data list | fetch NAME... | verify [NAME...]``.
+    """Command line ``python -m amortised.data list | fetch | verify [NAME...]``.
 
     :param arguments: words after the program's name; ``None`` takes those of the process.
     :returns: exit status: 0, or 1 if a file is damaged or cannot be fetched, an embedded one
