@@ -174,11 +174,7 @@ def amc_training(
 
     alone = {"learning_rate": config["learning_rate"]}
     game = {"learning_rate": config["game_learning_rate"], "betas": (0.5, 0.999)}
-    settings = {
-        "decoder": alone,
-        "encoder": game if is_game else alone,
-        "discriminator": game,
-    }
+    settings = {"decoder": alone, "encoder": game if is_game else alone, "discriminator": game}
     optimizers = {
         "model" if name == "decoder" else name: _adam(networks[name], **settings[name])
         for name in settings

@@ -15,18 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    Field,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from . import data
 from .recipes import RECIPES
-from .schemas import FormatError, Name, Seed, Strict, explain
+from .schemas import FormatError, Name, Seed, Strict, validate
 
 SCALES = ("laptop", "full")
 """``laptop``: minutes to an hour on one core, three seeds. ``full``: on a GPU."""
@@ -236,9 +229,9 @@ def load_studies(path: str | os.PathLike | None = None) -> dict[str, list[Experi
 def _validated(kind: Any, tree: object, where: str, faults: list[str]) -> Any:
     """``tree`` as an instance of ``kind``, or None and its faults in the list."""
     try:
-        return TypeAdapter(kind).validate_python(tree)
-    except ValidationError as error:
-        lines = explain(error, kind, where).split("\n  ")[1:]
+        return validate(kind, tree, where)
+    except FormatError as error:
+        lines = str(error).split("\n  ")[1:]
         faults += [f"{where}{': ' * bool(where)}{line}" for line in lines]
         return None
 
