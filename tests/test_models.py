@@ -103,7 +103,7 @@ def test_linear_gaussian_refuses_bad_arguments():
 
 def test_shapes_are_checked_with_the_shape_in_the_message():
     model, x = linear_gaussian()
-    with pytest.raises(ValueError, match=r"latent_dim=2; got shape \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"latent_dim=2; got \(5, 4\)"):
         model.log_joint(x, torch.zeros(5, 4, dtype=torch.float64))
     conv = ConvBernoulli()
     with pytest.raises(ValueError, match=r"observation_dim=784; got shape \(1, 28, 28\)"):

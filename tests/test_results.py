@@ -202,7 +202,7 @@ def test_paired_difference_sees_what_separate_errors_hide():
         ),
         (
             lambda: results.paired_difference(torch.zeros(100), torch.zeros(1000)),
-            "a has 100 images and b has 1000; cut both",
+            "a has 100 images and b has 1000; pair the same",
         ),
         (lambda: results.paired_difference([0.0, math.nan], [0.0, 0.0]), "a holds 1 values"),
     ],
