@@ -262,8 +262,9 @@ def show_inflation(ax):
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-bias", "caption": "Left: variance of an unadjusted Langevin chain over that of its target, from {eq}`eq-amc-ula` (lines) and simulated (points), with the limits of stability (dotted). Right: the published log-likelihoods in nats, {cite:t}`li2017amc`, Table 1."}, "image": {"alt": "Left, two curves that rise to infinity at precision 20 and 200. Right, ten dots: four rows with step 0.2 lie close together near minus 89.5, most others far to the right of them."}}
 shown = {"η = 0.2": {}, "η = 0.02": {}, "no chain": {}}
 for row in sorted(published, key=lambda row: row["value"]):
-    kind = next((k for k in shown if row["row"].endswith(k.replace("η = ", "="))), "no chain")
-    shown[kind][row["row"].split(" T=")[0].replace(" |", ",")] = row["value"]
+    name, value = row["row"], row["value"]
+    kinds = (kind for kind in shown if name.endswith(kind.replace("η = ", "=")))
+    shown[next(kinds, "no chain")][name.split(" T=")[0].replace(" |", ",")] = value
 names = list(dict.fromkeys(name for group in shown.values() for name in group))
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.4))
 show_inflation(left)
