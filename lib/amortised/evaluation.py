@@ -441,12 +441,9 @@ def _prepare(
 
     schedule = annealing.schedule_fn(annealing.num_temperatures)
     settings = ais.AISSettings(schedule, 0.1, annealing.num_leapfrog, annealing.persistence)
+    target, generator = annealing.target_acceptance, block.generator("pilot")
     step_size = ais.tune_step_size(
-        path,
-        pilot_z0,
-        settings,
-        target_acceptance=annealing.target_acceptance,
-        generator=block.generator("pilot"),
+        path, pilot_z0, settings, target_acceptance=target, generator=generator
     )
     return path, z0, settings._replace(step_size=step_size)
 
