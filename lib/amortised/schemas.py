@@ -26,8 +26,6 @@ from pydantic import (
 
 from .results import config_hash
 
-__all__ = ["DataFile", "DataSet", "FormatError", "Registry", "Strict", "explain", "validate"]
-
 
 class FormatError(ValueError):
     """A file departs from its format; the message lists all that is wrong with it."""
