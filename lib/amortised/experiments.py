@@ -240,13 +240,14 @@ def record(experiment: Experiment, root: Path | None = None) -> bool:
     root = root or _project()
     folder = run_folder(experiment, root)
     found = runs.read_json(folder / "result.json")
-    if found is None or (found["status"] == "failed" and state_of(experiment, root).word == "done"):
+    is_done = found is not None and found.get("status") == "done"
+    if found is None or (not is_done and state_of(experiment, root).word == "done"):
         return False
-    per_image = load_tree(folder / "per_image.stage") if found["status"] == "done" else None
+    per_image = load_tree(folder / "per_image.stage") if is_done else None
     results.check_result(found, per_image)
     if not _is_of(found, _specification(experiment)):
         raise FormatError(f"{folder} holds the result of another run; remove it")
-    for role in _specification(experiment)["keep"] if found["status"] == "done" else []:
+    for role in _specification(experiment)["keep"] if is_done else []:
         weights = folder / f"{role}.safetensors"
         load_module(weights)  # or they are damaged
         atomic_write(_kept_weights(experiment, role, root), weights.read_bytes())
