@@ -41,21 +41,6 @@ from .mcmc import (
 )
 from .numerics import check_counts, effective_sample_size, log_mean_exp, value_and_grad
 
-__all__ = [
-    "AISResult",
-    "AISSettings",
-    "AnnealedPath",
-    "BDMCResult",
-    "ais",
-    "bdmc",
-    "linear_schedule",
-    "log_prob_and_grad",
-    "path_from",
-    "reverse_ais",
-    "sigmoid_schedule",
-    "tune_step_size",
-]
-
 _TEMPERATURES_BETWEEN_CHECKS = 50  # looking for a nan makes an accelerator wait for its results
 
 

@@ -41,19 +41,6 @@ from .numerics import check_counts, effective_sample_size, log_mean_exp
 from .objectives import elbo
 from .training import fit, gradient_step, half_cosine
 
-__all__ = [
-    "BLOCK_SIZE",
-    "Annealing",
-    "BDMCEstimate",
-    "LikelihoodEstimate",
-    "bdmc_ll",
-    "build_module",
-    "fit_gaussian_proposal",
-    "hais_ll",
-    "importance_sampling_ll",
-    "load_module",
-]
-
 BLOCK_SIZE = 100  # images that share a random stream, hence also what is kept or lost as one
 
 _SAMPLES_PER_DRAW = 25  # importance samples drawn at once; part of what the random stream means
