@@ -131,9 +131,9 @@ def state_of(experiment: Experiment, root: Path | None = None) -> State:
 
 def _is_of(found: Mapping, specification: Mapping) -> bool:
     """Whether a result is that of this run: of its options, version, and trained networks."""
-    built_on = specification["builds_on"]
+    needs = specification["builds_on"]
     same = runs.identity(found) == runs.identity(specification)
-    return same and found.get("details", {}).get("builds_on") == (built_on and runs.identity(built_on))
+    return same and found.get("details", {}).get("builds_on") == (needs and runs.identity(needs))
 
 
 def _kept_weights(experiment: Experiment, role: str, root: Path) -> Path:
