@@ -94,7 +94,7 @@ def test_ancestral_samples_have_the_model_covariance():
 
 
 def test_linear_gaussian_refuses_bad_arguments():
-    with pytest.raises(ValueError, match=r"\(3, 2\) and \(2,\)"):
+    with pytest.raises(ValueError, match=r"\(3, 2\), \(2,\)"):
         LinearGaussian(torch.zeros(3, 2), torch.zeros(2), 1.0)
     for scale in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="positive scalar"):

@@ -224,17 +224,17 @@ def path_from(start: Distribution, path: AnnealedPath) -> AnnealedPath:
     tensor(True)
     """
     path = AnnealedPath(*path)
-    start_value_and_grad = log_prob_and_grad(start)
+    start_and_grad = log_prob_and_grad(start)
 
     def log_ratio_fn(z: Tensor) -> Tensor:
         return path.log_prior_fn(z) + path.log_likelihood_fn(z) - start.log_prob(z)
 
-    def ratio_value_and_grad(z: Tensor) -> tuple[Tensor, Tensor]:
-        (r, r_grad), point = start_value_and_grad(z), _evaluate(path, z)
+    def ratio_and_grad(z: Tensor) -> tuple[Tensor, Tensor]:
+        (r, r_grad), point = start_and_grad(z), _evaluate(path, z)
         value = point.log_likelihood + point.log_prior - r
         return value, point.likelihood_grad + point.prior_grad - r_grad
 
-    terms = start.log_prob, log_ratio_fn, start_value_and_grad, ratio_value_and_grad
+    terms = start.log_prob, log_ratio_fn, start_and_grad, ratio_and_grad
     return AnnealedPath(*terms, path.exact_energies)
 
 

@@ -131,7 +131,8 @@ def _is_of(found: Mapping, specification: Mapping) -> bool:
     """Whether a result is that of this run: of its options, version, and trained networks."""
     built_on = specification["builds_on"]
     same = runs.identity(found) == runs.identity(specification)
-    return same and found["details"].get("builds_on") == (built_on and runs.identity(built_on))
+    stated = found.get("details", {}).get("builds_on")
+    return same and stated == (built_on and runs.identity(built_on))
 
 
 def _kept_weights(experiment: Experiment, role: str, root: Path) -> Path:

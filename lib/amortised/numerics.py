@@ -144,7 +144,7 @@ def value_and_grad(
             z = z.detach().requires_grad_(True)
         value = logdensity_fn(z)
         if value.shape != z.shape[:-1]:
-            shapes = f"it returned {tuple(value.shape)}, expected {tuple(z.shape[:-1])}"
+            shapes = f"for z of shape {tuple(z.shape)} it returned {tuple(value.shape)}"
             raise ValueError(f"a log-density must map [..., D] to [...]: {shapes}")
         (grad,) = torch.autograd.grad(value.sum(), z, create_graph=create_graph)
     return (value, grad) if create_graph else (value.detach(), grad)
