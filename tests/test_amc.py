@@ -11,11 +11,12 @@ from torch.distributions import Bernoulli, Categorical, Independent, Normal
 
 from amortised import adversarial, amc, encoders
 from amortised.adversarial import Discriminator, InformedDiscriminator
+from amortised.files import OutOfTimeError, Work
 from amortised.mcmc import hmc_step, langevin_step, mala_step
 from amortised.models import LinearGaussian
 from amortised.numerics import CallCounter, value_and_grad
 from amortised.objectives import elbo
-from amortised.training import cosine_decay, fit
+from amortised.training import cosine_decay, fit, half_cosine
 
 
 def generator(seed=0):
@@ -502,20 +503,21 @@ def test_persistent_chains_go_on_where_they_were_and_count_their_memory():
 
 @pytest.mark.parametrize("method", ["persistent", "amc"])
 def test_an_interrupted_run_ends_as_one_that_was_left_alone(method, tmp_path):
-    def run(**settings):
+    def run(work):
         torch.manual_seed(5)
         data, networks = (torch.randn(20, 4), torch.arange(20)), toy()
         names, adam = NAMES[: METHODS[method]], partial(torch.optim.Adam, lr=0.01)
         optimizers = {name: adam(networks[name].parameters()) for name in names}
         state = networks | {f"{name} optimizer": o for name, o in optimizers.items()}
-        step, settings = step_of(method, networks, optimizers), settings | {"progress": False}
-        loop = {"epochs": 3, "batch_size": 5, "state": state, "generator": generator(9)}
-        return fit(step, data, **loop, **settings), networks
+        step = step_of(method, networks, optimizers)
+        settings = {"epochs": 3, "batch_size": 5, "schedule": half_cosine, "work": work}
+        return fit(step, data, state, **settings), networks
 
-    whole, networks = run()
-    for _ in range(12):  # one step at a time, each in a "process" of its own
-        result, resumed = run(checkpoint=tmp_path / "checkpoint", max_seconds=0)
-    assert result.finished
+    whole, networks = run(Work())
+    for _ in range(11):  # one step at a time, each in a "process" of its own
+        with pytest.raises(OutOfTimeError):
+            run(Work(tmp_path, stop_at=0.0))
+    result, resumed = run(Work(tmp_path, stop_at=0.0))
     assert all(torch.equal(values, result.history[k]) for k, values in whole.history.items())
     for name, network in networks.items():
         for key, value in network.state_dict().items():

@@ -49,27 +49,6 @@ from .models import LatentVariableModel
 from .numerics import all_finite, check_counts
 from .objectives import elbo
 
-__all__ = [
-    "RULES",
-    "Lesson",
-    "PersistentChains",
-    "Rule",
-    "amc_step",
-    "avb_step",
-    "descend",
-    "gan",
-    "informed",
-    "mcmc_vi_step",
-    "persistent_step",
-    "relativistic",
-    "standardised",
-    "student_samples",
-    "teacher_chain",
-    "teacher_samples",
-    "vae_step",
-    "wasserstein",
-]
-
 Optimizers = Mapping[str, Optimizer]
 Encoder = Callable[[Tensor], Distribution] | ImplicitEncoder
 Teacher = Callable[[Tensor, Tensor], Tensor]

@@ -18,8 +18,6 @@ from .models import LatentVariableModel
 from .numerics import check_counts
 from .training import fit, gradient_step, half_cosine
 
-__all__ = ["area_under_curve", "classifier_auc", "moment_errors", "student_diagnostics"]
-
 
 @torch.no_grad()
 def student_diagnostics(

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import data, results, runs
+from .evaluation import load_module
 from .files import LockedError, OutOfTimeError, atomic_write, load_tree, lock
 from .schemas import FormatError
 from .studies import SCALES, Experiment, load_studies
@@ -214,9 +215,10 @@ def run_experiment(
     if experiment.needs is not None:
         trained = run_folder(experiment.needs, root)
         runs.execute(trained, device=device, stop_at=stop_at, training_only=True)
-    runs.execute(folder, device=device, stop_at=stop_at)
+    found = runs.execute(folder, device=device, stop_at=stop_at)
     record(experiment, root)
-    return state_of(experiment, root)
+    state = state_of(experiment, root)
+    return state if state.word == found["status"] else State(found["status"], found)
 
 
 def _empty(folder: Path) -> None:
@@ -245,8 +247,9 @@ def record(experiment: Experiment, root: Path | None = None) -> bool:
     if not _is_of(found, _specification(experiment)):
         raise FormatError(f"{folder} holds the result of another run; remove it")
     for role in _specification(experiment)["keep"] if found["status"] == "done" else []:
-        content = (folder / f"{role}.safetensors").read_bytes()
-        atomic_write(_kept_weights(experiment, role, root), content)
+        weights = folder / f"{role}.safetensors"
+        load_module(weights)  # or they are damaged
+        atomic_write(_kept_weights(experiment, role, root), weights.read_bytes())
     results.save_result(root / "data/results", found, per_image)
     return True
 

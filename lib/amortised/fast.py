@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from .cuda import CapturedFunction
 from .models import BernoulliDecoder, LatentVariableModel
-from .numerics import is_capturing, value_and_grad
+from .numerics import check_counts, is_capturing, value_and_grad
 
 __all__ = ["ROUTES", "LogLikelihoodAndGrad", "RefreshedLikelihood", "log_likelihood_and_grad"]
 
@@ -115,8 +115,7 @@ def log_likelihood_and_grad(
         raise ValueError(f"dtype must be {weight.dtype}, bfloat16 or float16; got {dtype}")
     if chunk_size is None:
         chunk_size = 256 * torch.get_num_threads() if weight.device.type == "cpu" else 65_536
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be an integer, at least 1; got {chunk_size!r}")
+    check_counts(chunk_size=chunk_size)
     return LogLikelihoodAndGrad(model, x, route, dtype or weight.dtype, chunk_size)
 
 

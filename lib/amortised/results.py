@@ -168,9 +168,7 @@ def summarise(per_image: Mapping[str, Tensor]) -> dict[str, dict]:
 
 def _canonical(value: object, where: str) -> object:
     """``value`` as plain JSON data in which equal settings look alike."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
+    if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
@@ -214,30 +212,21 @@ def config_hash(config: Mapping) -> str:
 
 def _git(*words: str) -> str | None:
     """Output of a git command in the repository, or ``None`` where that is no git checkout."""
+    command = ["git", "-C", str(data_folder().parent), *words]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(data_folder().parent), *words],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=30,
-        )
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
+    if device.type == "cpu" and cpuinfo.is_file():
         names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if names:
-            return names[0].strip()
-    return platform.processor() or platform.machine()
+        return names[0].strip() if names else platform.machine()
+    return platform.processor() or device.type
 
 
 def provenance(
@@ -321,12 +310,13 @@ def check_result(record: Mapping, per_image: Mapping[str, Tensor] | None = None)
 
     try:
         schemas.validate(schemas.ResultRecord, record, "the result")
-    except schemas.FormatError as error:
+    except (schemas.FormatError, TypeError) as error:  # the latter of a config that no JSON holds
         raise ResultError(str(error)) from error
     faults = []
     for name, values in (per_image or {}).items():
         if not isinstance(values, Tensor) or values.dtype != torch.float32 or values.ndim != 1:
-            kind = getattr(values, "dtype", type(values).__name__)
+            is_tensor = isinstance(values, Tensor)
+            kind = f"{values.dtype} {list(values.shape)}" if is_tensor else type(values).__name__
             faults.append(f"{name!r} is {kind}, expected a float32 tensor [N]")
         elif name not in record["metrics"]:
             faults.append(f"{name!r} has no metric of its name")

@@ -38,7 +38,15 @@ from torch import Tensor
 
 from . import checks, data, results
 from .cuda import CapturedFunction
-from .files import LockedError, OutOfTimeError, Work, atomic_write, lock, save_tree
+from .files import (
+    DamagedFileError,
+    LockedError,
+    OutOfTimeError,
+    Work,
+    atomic_write,
+    lock,
+    save_tree,
+)
 from .numerics import argument_validation
 from .recipes import ARCHITECTURES, RECIPES, Outcome, Run
 from .training import FitResult, fit, half_cosine
@@ -66,8 +74,15 @@ def folder_name(run: Mapping[str, object]) -> str:
 
 
 def read_json(path: Path) -> dict | None:
-    """The content of a JSON file of a run; ``None`` if it is not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The content of a JSON file of a run; ``None`` if it is not there.
+
+    :raises amortised.files.DamagedFileError: if it is no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes()) if path.exists() else None
+    except ValueError as error:
+        message = f"{path} is damaged ({error}); remove it to start afresh"
+        raise DamagedFileError(message) from error
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -111,6 +126,8 @@ def execute(
                 f"  python -m amortised.runs {weights} --training-only"
             )
     with lock(folder):
+        for path in folder.glob(".*.tmp"):  # half-written by a process that was killed
+            path.unlink()
         goal = folder / ("training.json" if training_only else "result.json")
         found = read_json(goal)
         if found is None:

@@ -86,6 +86,8 @@ def _fault(kind: Any, *, type: str, loc: tuple, msg: str, input: object, ctx: ob
         known = ", ".join(_names(kind, loc[:-1]))
         loc, what = loc[:-1], f"unknown name {loc[-1]!r} (known: {known})"
     elif type != "value_error":
+        if type == "float_type" and isinstance(input, str):
+            what += "; this is text, as is 1e-3 in YAML, which reads 1.0e-3 as a number"
         value = textwrap.shorten(repr(input), 100, placeholder=" ...")
         return f"{_place(loc)} = {value}: {what[0].lower()}{what[1:]}"
     return f"{_place(loc)}: {what}" if loc else what

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import Field, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from . import data
 from .recipes import RECIPES
@@ -134,15 +141,23 @@ OPTIONS: dict[str, type[Strict]] = {
 
 # --- the file ------------------------------------------------------------------------------------
 
+
+def _distinct(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{values} holds a value twice")
+    return values
+
+
 Scale = Literal["laptop", "full"]
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
 Options = dict[str, Any]
 
 
 class Row(Strict):
     """What a row says of itself beside its options."""
 
-    scales: Annotated[list[Scale], Field(min_length=1)] | None = None
-    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
+    scales: Annotated[list[Scale], Field(min_length=1), AfterValidator(_distinct)] | None = None
+    seeds: Seeds | None = None
     keep: tuple[Literal["decoder", "encoder"], ...] = Field((), strict=False)
 
 
@@ -152,7 +167,7 @@ class Study(Strict):
     title: str
     recipe: Literal[tuple(RECIPES)]
     recipe_version: PositiveInt
-    seeds: Annotated[list[Seed], Field(min_length=1)]
+    seeds: Seeds
     common: Options
     scales: dict[Scale, Options]
     rows: dict[Name, Options | None]
@@ -273,7 +288,7 @@ def _tied(
     if "trained" not in run.config:
         return run
     wanted = (run.config["trained_study"], run.config["trained"], run.scale, run.seed)
-    others = studies.get(wanted[0], [])
+    others = [other for other in studies.get(wanted[0], []) if RECIPES[other.recipe].build]
     needs = next((other for other in others if other[:4] == wanted), None)
     if needs is None:
         rows = ", ".join(dict.fromkeys(other.row for other in others)) or "none"

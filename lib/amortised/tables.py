@@ -35,7 +35,6 @@ from .results import (
 __all__ = [
     "Pooled",
     "cells",
-    "command",
     "load_study",
     "metric_table",
     "paired",
@@ -46,6 +45,7 @@ __all__ = [
 ]
 
 Study = Mapping[str, Sequence[Result]]
+_PROGRAM = "`python -m amortised.experiments` goes before it."
 
 
 class Pooled(NamedTuple):
@@ -97,15 +97,6 @@ def pool(values: Sequence[Tensor]) -> Pooled:
     over_images = mean_and_se(table.mean(0))
     seed_se = mean_and_se(table.mean(1)).se if len(table) > 1 else None
     return Pooled(over_images.mean, over_images.se, seed_se, sizes[0], len(table))
-
-
-def command(study: str, row: str, scale: str) -> str:
-    """The command that makes a result.
-
-    >>> command("amc_table1", "vae", "full")
-    'python -m amortised.experiments run amc_table1 vae --scale full'
-    """
-    return f"python -m amortised.experiments run {study} {row} --scale {scale}"
 
 
 def load_study(
@@ -174,16 +165,11 @@ def study_table(
         for scale in scales:
             (text,) = cells(loaded[scale], row, [metric], decimals)
             is_missing |= text is None
-            line.append(text or f"`{command(study, row, scale).removeprefix(_PROGRAM)}`")
+            line.append(text or f"`run {study} {row} --scale {scale}`")
         lines.append(line)
     header = ["row", *(["published"] if published else []), *scales]
-    note = (
-        f"\n\nA command stands for a run that is not recorded: `{_PROGRAM.strip()}` goes before it."
-    )
+    note = "\n\nA command stands for a run that is not recorded: " + _PROGRAM
     return Table(markdown_table(header, lines) + (note if is_missing else ""))
-
-
-_PROGRAM = "python -m amortised.experiments "
 
 
 def cells(
@@ -306,13 +292,14 @@ def run_table(results: Study, study: str, labels: Mapping[str, str]) -> Table:
         seeds = f"{{{seeds}}}" if len(runs) > 1 else seeds
         facts = [run["provenance"] for run in runs]
         commits = {(fact["commit"] or "unknown")[:7] + "*" * bool(fact["dirty"]) for fact in facts}
-        devices = {
-            run["provenance"]["device"]["name"]
-            + (f", {n} threads" if (n := run["provenance"]["device"].get("threads", 1)) > 1 else "")
-            for run in runs
-        }
+        devices = {_device(**fact["device"]) for fact in facts}
         minutes = math.fsum(fact["wall_seconds"] for fact in facts) / len(facts) / 60
-        path = f"data/results/{study}/{row}-{runs[0]['scale']}-seed{seeds}.json"
-        device = ", ".join(sorted(devices))
-        lines.append([label, f"`{path}`", ", ".join(sorted(commits)), device, f"{minutes:.1f}"])
+        path = f"`data/results/{study}/{row}-{runs[0]['scale']}-seed{seeds}.json`"
+        lines.append(
+            [label, path, *map(", ".join, map(sorted, (commits, devices))), f"{minutes:.1f}"]
+        )
     return markdown_table(["row", "files", "commit", "device", "minutes a run"], lines)
+
+
+def _device(name: str, type: str, threads: int = 1) -> str:
+    return name + (f", {threads} threads" if threads > 1 else "")

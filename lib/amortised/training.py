@@ -132,6 +132,7 @@ def fit(
     """
     tensors = data if isinstance(data, tuple) else (data,)
     _check_data(tensors, epochs, batch_size)
+    _check_state(state)
     steps_per_epoch = len(tensors[0]) // batch_size
     total = epochs * steps_per_epoch
     save_every = min(steps_per_epoch, max(1, total // _FEWEST_CHECKPOINTS))
@@ -148,15 +149,11 @@ def fit(
         losses.names, losses.kept = saved["names"], [saved["losses"]]
         done, seconds, last_saved = saved["done"], saved["seconds"], checkpoint
 
-    orders = _orders(len(tensors[0]), seed, done // steps_per_epoch)
-    order = None
+    batches = _batches(tensors[0], batch_size, seed, done)
     started = now = time.monotonic()
     with tqdm(total=total, initial=done, unit=" steps", dynamic_ncols=True, disable=None) as bar:
         while done < total:
-            position = done % steps_per_epoch
-            if position == 0 or order is None:
-                order = next(orders).to(tensors[0].device)
-            index = order[position * batch_size : (position + 1) * batch_size]
+            index = next(batches)
             if schedule is not None:
                 _scale_learning_rates(optimizers, schedule(done / total))
             try:
@@ -171,15 +168,9 @@ def fit(
             if is_due:
                 current = _read_state(state, done, last_saved)
                 if checkpoint is not None:
-                    content = {
-                        "facts": facts,
-                        "state": current,
-                        "random": _read_random_state(),
-                        "names": losses.names,
-                        "losses": losses.values(),
-                        "done": done,
-                        "seconds": seconds + now - started,
-                    }
+                    progress = {"done": done, "seconds": seconds + now - started, "state": current}
+                    content = {"facts": facts, "names": losses.names, "losses": losses.values()}
+                    content |= progress | {"random": _read_random_state()}
                     save_tree(checkpoint, content, keep_previous=True)
                     last_saved = checkpoint
             if is_late:
@@ -286,6 +277,15 @@ def _check_data(tensors: tuple[Tensor, ...], epochs: int, batch_size: int) -> No
         )
 
 
+def _check_state(state: Mapping[str, object]) -> None:
+    for name, thing in state.items():
+        if not isinstance(thing, Tensor) and not hasattr(thing, "load_state_dict"):
+            raise TypeError(
+                f"state[{name!r}] is a {type(thing).__name__}; give a tensor or an object with "
+                "state_dict and load_state_dict, such as a module or an optimiser"
+            )
+
+
 def _check_same(path: Path, before: Mapping[str, int], now: Mapping[str, int]) -> None:
     differences = [f"{k} {before[k]}, now {now[k]}" for k in now if before.get(k) != now[k]]
     if differences:
@@ -295,13 +295,18 @@ def _check_same(path: Path, before: Mapping[str, int], now: Mapping[str, int]) -
         )
 
 
-def _orders(num_examples: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """The order of the examples in an epoch, and in each one after it."""
+def _batches(data: Tensor, batch_size: int, seed: int, done: int) -> Iterator[Tensor]:
+    """Indices of the examples of each batch after those that are done, on the device of ``data``.
+
+    Each epoch has a new order, and leaves out what does not fill a batch.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for number in itertools.count():
-        order = torch.randperm(num_examples, generator=generator)
-        if number >= epoch:
-            yield order
+    num_used = len(data) // batch_size * batch_size
+    while True:
+        order = torch.randperm(len(data), generator=generator).to(data.device)
+        batches = order[:num_used].split(batch_size)
+        yield from batches[done:]
+        done = max(0, done - len(batches))
 
 
 class _Losses:
