@@ -202,7 +202,7 @@ def test_paired_difference_sees_what_separate_errors_hide():
         ),
         (
             lambda: results.paired_difference(torch.zeros(100), torch.zeros(1000)),
-            "a has 100 images and b has 1000.*same images",
+            "a has 100 images and b has 1000; cut both",
         ),
         (lambda: results.paired_difference([0.0, math.nan], [0.0, 0.0]), "a holds 1 values"),
     ],
@@ -243,9 +243,8 @@ def test_config_hash_depends_on_the_settings_and_on_nothing_else():
     ("config", "error", "message"),
     [
         ([1], TypeError, "config is a list"),
-        ({"a": {1: 2}}, TypeError, r"config\['a'\] has the key 1"),
-        ({"a": [0.1, math.nan]}, ValueError, r"config\['a'\]\[1\] is nan"),
-        ({"device": torch.device("cpu")}, TypeError, r"config\['device'\] = .* is a device"),
+        ({"a": [0.1, math.nan]}, ValueError, r"config = {'a': \[0.1, nan\]} cannot be JSON"),
+        ({"device": torch.device("cpu")}, TypeError, r"config = .* Object of type device"),
     ],
 )
 def test_config_hash_refuses_what_json_would_bend(config, error, message):
@@ -372,7 +371,7 @@ def with_metric(**changes):
         (make_record(reason="none"), "reason must be stated for a failed run, and for no other"),
         (make_record(metrics={}), "metrics is empty, though status is 'done'"),
         (make_record(config={"epochs": 3}), "config_hash is not that of config, '[0-9a-f]{64}'"),
-        (make_record(config={"device": object()}), "config.*device.* is a object"),
+        (make_record(config={"device": object()}), "config.*device.* cannot be JSON"),
         (with_metric(mean=math.nan), r"metrics\.elbo\.mean = nan: .* finite number"),
         (with_metric(se=-1.0), r"se = -1\.0: input should be greater than or equal to 0"),
         (with_metric(se=None), r"metrics\.elbo: se must be null for a single value"),
@@ -555,7 +554,7 @@ def test_weights_that_are_not_finite_as_saved_are_a_failure_and_no_file(tmp_path
     with pytest.raises(FloatingPointError, match=message):
         results.save_weights(path, decoder, decoder.architecture, dtype=dtype)
     assert path.read_bytes() == content
-    with pytest.raises(TypeError, match=r"architecture.*is a type"):
+    with pytest.raises(TypeError, match=r"architecture.*cannot be JSON"):
         results.save_weights(path, Decoder(), {"class": Decoder})
 
 

@@ -62,7 +62,8 @@ def test_images_are_random_and_differences_paired(tmp_path):
     order = torch.randperm(10_000, generator=torch.Generator().manual_seed(2017))
     x = data.load_mnist_binary("test").images[order[:3]]
     folder = experiments.run_folder(experiment, tmp_path)
-    decoder = recipes.on_device(evaluation.load_module(folder / "decoder.safetensors"), "cpu")
+    decoder = evaluation.load_module(folder / "decoder.safetensors")
+    decoder = decoder.to(memory_format=torch.channels_last)
     settings = {"num_chains": 2, "pilot_chains": 1, "num_temperatures": 3, "num_leapfrog": 1}
     again = evaluation.hais_ll(decoder, x, persistence=0.9, seed=0, **settings)
     assert torch.equal(again.log_likelihood.float(), values["hais_ll"])

@@ -2,7 +2,6 @@
 
     python workflow/bench.py            # about five minutes on two idle cores
     python workflow/bench.py --quick    # under two
-    python workflow/bench.py --save     # also writes data/results/bench/
 
 The contestants take turns in every round, so that a machine whose speed drifts slows them alike,
 and a ratio is taken within a round. The unit is the time per chain and leapfrog step.
@@ -21,15 +20,10 @@ import argparse
 import itertools
 import math
 import os
-import re
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -43,19 +37,10 @@ from amortised.numerics import value_and_grad
 
 NUM_CHAINS, NUM_IMAGES, NUM_LEAPFROG = 100, 16, 10  # 1,600 chains in all
 STEP_SIZE = 0.05
-MEMORY_CHAINS = 10_000
 MATRIX_SIDE = 2048
 ROUTES = {
     "cpu": ("eager", "rewritten", "rewritten bfloat16", "dense"),
     "cuda": ("eager", "rewritten", "dense", "dense bfloat16"),
-}
-# What varies: settings (chains per image, images, temperatures, leapfrog steps). Many temperatures
-# are timed with few chains, the others with few temperatures.
-RANGES = {
-    "chains": {n: (n // 10, 10, 2, 5) for n in (1000, 2000, 5000, 10_000)},
-    "images": {n: (50, n, 2, 5) for n in (20, 40, 100, 200)},
-    "temperatures": {n: (10, 4, n, 5) for n in (100, 200, 500, 1000)},
-    "leapfrogs": {n: (100, 10, 2, n) for n in (5, 10, 20)},
 }
 
 
@@ -195,135 +180,38 @@ def compare(device: torch.device, num_rounds: int) -> dict[str, list[float]]:
     return {name: [1e6 * seconds for seconds in values] for name, values in times.items()}
 
 
-def exponents(device: torch.device, num_passes: int) -> dict[str, list[float]]:
-    """Exponent of the cost in each quantity, one least-squares fit of logarithms per pass."""
-    fits = defaultdict(list)
-    for _ in range(num_passes):
-        for quantity, settings in RANGES.items():
-            points = []
-            for n, (num_chains, num_images, num_temperatures, num_leapfrog) in settings.items():
-                problem = Problem(device, num_chains, num_images)
-                route = problem.route("auto")
-                route(problem.z)
-                laps = problem.ais_seconds(route, num_temperatures, num_leapfrog)
-                cost = sum(laps) if quantity == "temperatures" else min(laps)
-                points.append((math.log(n), math.log(cost)))
-            slope, _ = statistics.linear_regression(*zip(*points, strict=True))
-            fits[quantity].append(slope)
-            print(".", end="", flush=True)
-    print()
-    return fits
-
-
-def peak_memory(name: str, device: torch.device) -> float:
-    """GB that a new process needs for one temperature with 10,000 chains."""
-    command = [sys.executable, __file__, "--memory", name, "--device", str(device)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(output) / 1e9
-
-
-def print_peak_memory(name: str, device: torch.device) -> None:
-    problem = Problem(device, MEMORY_CHAINS // NUM_IMAGES, NUM_IMAGES)
-    route = None if name == "plain" else problem.route(name)
-    problem.ais_seconds(route, num_temperatures=1, num_leapfrog=1)
-    if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated(device))
-    elif Path("/proc/self/status").exists():  # Linux counts the parent's memory in ru_maxrss
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        print(1024 * int(peak[1]))
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
-
-
-def estimate(values: list[float]) -> dict:
-    """Mean, standard error and number of repetitions, as in a result file."""
-    se = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "se": se, "n": len(values)}
-
-
-def ratios(numerator: list[float], denominator: list[float]) -> list[float]:
-    """Round by round."""
-    return [a / b for a, b in zip(numerator, denominator, strict=True)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--save", action="store_true", help="write data/results/bench/")
-    parser.add_argument("--memory", metavar="ROUTE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type not in ROUTES:
         parser.error(f"--device must be cpu or cuda; got {arguments.device}")
-    if arguments.memory:
-        print_peak_memory(arguments.memory, device)
-        return
+    num_rounds = 3 if arguments.quick else 9
+    facts = results.provenance(device, started=time.time(), datasets=())
+    load = f"load before {os.getloadavg()[0]:.1f}"
+    print(f"{facts['device']}, torch {facts['versions']['torch']}, {load}")
 
-    started = time.time()
-    load = os.getloadavg()[0]
-    num_rounds, num_passes = (3, 1) if arguments.quick else (9, 3)
-    facts = results.provenance(device, started=started, datasets=())
-    print(f"{facts['device']}, torch {facts['versions']['torch']}, load before {load:.1f}")
     times = compare(device, num_rounds)
-    metrics = {f"{name}_us": estimate(values) for name, values in times.items()}
     rows = []
     for name in ("plain", *ROUTES[device.type]):
-        memory = peak_memory(name, device)
-        metrics[f"memory {name}_gb"] = estimate([memory])
         row = [name]
         for kind in ("ais", "gradient"):
-            own = times[f"{kind} {name}"]
-            speedup = ratios(times[f"{kind} plain"], own)
-            over_limit = ratios(own, times["limit"])
-            metrics[f"{kind} {name}_speedup"] = estimate(speedup)
-            metrics[f"{kind} {name}_over_limit"] = estimate(over_limit)
-            row += [statistics.median(v) for v in (own, speedup, over_limit)]
-        rows.append([*row, memory])
-    columns = [
-        f"{kind}, {unit}" for kind in ("AIS", "gradient") for unit in ("us", "x plain", "x limit")
-    ]
-    print(results.markdown_table(["route", *columns, "GB at 10,000 chains"], rows))
-    limit = statistics.median(times["limit"])
+            own, plain = times[f"{kind} {name}"], times[f"{kind} plain"]
+            ratios = [[a / b for a, b in zip(plain, own, strict=True)]]
+            ratios += [[a / b for a, b in zip(own, times["limit"], strict=True)]]
+            row += map(statistics.median, (own, *ratios))
+        rows.append(row)
+    units = ("us", "x plain", "x limit")
+    columns = [f"{kind}, {unit}" for kind in ("AIS", "gradient") for unit in units]
+    print(results.markdown_table(["route", *columns], rows))
+    limit, flops = statistics.median(times["limit"]), operations(ConvBernoulli())
     print(
         f"\n{NUM_CHAINS * NUM_IMAGES} chains, L = {NUM_LEAPFROG}, medians of {num_rounds} rounds; "
-        f"us per chain and leapfrog step; limit {limit:.1f} us = "
-        f"{operations(ConvBernoulli()) / 1e6:.2f} MFLOP at "
-        f"{operations(ConvBernoulli()) / limit / 1e3:.0f} GFLOP/s\n"
+        f"us per chain and leapfrog step; limit {limit:.1f} us = {flops / 1e6:.2f} MFLOP at "
+        f"{flops / limit / 1e3:.0f} GFLOP/s"
     )
-
-    fits = exponents(device, num_passes)
-    metrics |= {f"exponent {quantity}": estimate(values) for quantity, values in fits.items()}
-    rows = [
-        [quantity, f"{min(RANGES[quantity])} to {max(RANGES[quantity])}", statistics.median(values)]
-        for quantity, values in fits.items()
-    ]
-    print(results.markdown_table(["cost against", "range", "exponent"], rows))
-
-    if arguments.save:
-        scale = "quick" if arguments.quick else "full"
-        config = {
-            "chains_per_image": NUM_CHAINS,
-            "images": NUM_IMAGES,
-            "leapfrogs": NUM_LEAPFROG,
-            "rounds": num_rounds,
-            "passes": num_passes,
-        }
-        record = {
-            "study": "bench",
-            "row": device.type,
-            "scale": scale,
-            "seed": 0,
-            "config": config,
-            "config_hash": results.config_hash(config),
-            "recipe_version": 1,
-            "status": "done",
-            "metrics": {name.replace(" ", "_"): metric for name, metric in metrics.items()},
-            "provenance": results.provenance(device, started=started, datasets=()),
-            "details": {"load_before": load},
-        }
-        root = Path(__file__).resolve().parents[1] / "data" / "results"
-        print(results.save_result(root, record))
 
 
 if __name__ == "__main__":

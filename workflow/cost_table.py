@@ -1,4 +1,4 @@
-"""Print what the committed runs cost, a model of that cost, and what more seeds would cost.
+"""Print what the committed runs cost, and a model of that cost.
 
 The page book/reproducing.md includes it. On a processor the time is that of the processor, which
 other work on the machine does not change; on a graphics card it is the wall time. A run's time is
@@ -31,7 +31,6 @@ WORK = {
     "importance": "an importance sample",
     "proposal": "a training image of the Gaussian proposal fitted afterwards",
 }
-SEEDS = 10
 
 
 class Timed(NamedTuple):
@@ -80,11 +79,11 @@ def timed_runs(studies: Mapping, root: Path) -> list[Timed]:
         if record["status"] != "done":
             continue
         facts = record["provenance"]
-        seconds = dict(record["details"].get("seconds", {}))
+        seconds = dict(record.get("details", {}).get("seconds", {}))
         # Loading the data is part of what is left over, the fitted proposal nearly all of it.
         left = facts["wall_seconds"] - sum(seconds.values())
         seconds["proposal" if seconds else "imputation"] = max(0.0, left)
-        busy = record["details"].get("cpu_seconds")
+        busy = record.get("details", {}).get("cpu_seconds")
         if facts["device"]["type"] == "cpu" and busy is not None:
             share = busy / max(facts["wall_seconds"], 1e-9)
             seconds = {stage: share * value for stage, value in seconds.items()}
@@ -158,22 +157,6 @@ def _print_model(runs: list[Timed], per_unit: Mapping[str, float], device: str) 
         print(f"| {WORK[kind]} | {seconds * 1e6:,.0f} | {done[kind] / total:.0%} |")
 
 
-def _print_totals(studies: Mapping, runs: list[Timed], device: str) -> None:
-    """Hours that all rows of a scale take with ten seeds, from the mean of the recorded ones."""
-    minutes = defaultdict(list)
-    for run in runs:
-        minutes[run.experiment[:3]].append(run.total / 60)
-    for scale in SCALES:
-        rows = {e[:3] for e in experiments.select(studies, scale=scale)}
-        recorded = rows & minutes.keys()
-        if recorded:
-            hours = SEEDS * sum(np.mean(minutes[row]) for row in recorded) / 60
-            print(
-                f"\nWith {SEEDS} seeds the {len(recorded)} of {len(rows)} rows at {scale} scale "
-                f"that are recorded take {hours:.1f} hours of {device}, one run after the other."
-            )
-
-
 def main(root: Path | None = None) -> int:
     studies = experiments.load_studies()
     runs = timed_runs(studies, root or data_folder() / "results")
@@ -188,7 +171,6 @@ def main(root: Path | None = None) -> int:
     for device, members in by_device.items():
         if models[device]:
             _print_model(members, models[device], device)
-        _print_totals(studies, members, device)
     for scale in SCALES:
         asked = experiments.select(studies, scale=scale)
         missing = sum(experiments.state_of(run).word != "done" for run in asked)

@@ -41,21 +41,6 @@ from .mcmc import (
 )
 from .numerics import check_counts, effective_sample_size, log_mean_exp, value_and_grad
 
-__all__ = [
-    "AISResult",
-    "AISSettings",
-    "AnnealedPath",
-    "BDMCResult",
-    "ais",
-    "bdmc",
-    "linear_schedule",
-    "log_prob_and_grad",
-    "path_from",
-    "reverse_ais",
-    "sigmoid_schedule",
-    "tune_step_size",
-]
-
 _TEMPERATURES_BETWEEN_CHECKS = 50  # looking for a nan makes an accelerator wait for its results
 
 
@@ -249,22 +234,18 @@ def path_from(start: Distribution, path: AnnealedPath) -> AnnealedPath:
     tensor(True)
     """
     path = AnnealedPath(*path)
-    start_value_and_grad = log_prob_and_grad(start)
+    start_and_grad = log_prob_and_grad(start)
 
     def log_ratio_fn(z: Tensor) -> Tensor:
         return path.log_prior_fn(z) + path.log_likelihood_fn(z) - start.log_prob(z)
 
-    def ratio_value_and_grad(z: Tensor) -> tuple[Tensor, Tensor]:
-        (r, r_grad), point = start_value_and_grad(z), _evaluate(path, z)
+    def ratio_and_grad(z: Tensor) -> tuple[Tensor, Tensor]:
+        (r, r_grad), point = start_and_grad(z), _evaluate(path, z)
         value = point.log_likelihood + point.log_prior - r
         return value, point.likelihood_grad + point.prior_grad - r_grad
 
     return AnnealedPath(
-        start.log_prob,
-        log_ratio_fn,
-        start_value_and_grad,
-        ratio_value_and_grad,
-        path.exact_energies,
+        start.log_prob, log_ratio_fn, start_and_grad, ratio_and_grad, path.exact_energies
     )
 
 
@@ -324,14 +305,7 @@ def ais(
     >>> bool((estimate - model.log_evidence(x)).abs() < 0.1), result.num_gradients
     (True, 151)
     """
-    return _anneal(
-        path,
-        z0,
-        settings,
-        generator,
-        final_transition=final_transition,
-        on_temperature=on_temperature,
-    )
+    return _anneal(path, z0, settings, generator, final_transition, on_temperature)
 
 
 def reverse_ais(
@@ -600,7 +574,6 @@ def _anneal(
     z0: Tensor,
     settings: AISSettings,
     generator: torch.Generator | None,
-    *,
     final_transition: bool = False,
     on_temperature: Callable[[int], object] | None = None,
     reverse: bool = False,
@@ -635,13 +608,9 @@ def _anneal(
         if on_temperature is not None:
             on_temperature(t)
     _raise_where(invalid, betas)
+    num_gradients = 1 + len(temperatures) * settings.num_leapfrog
     return AISResult(
-        log_weights,
-        chains.point.z,
-        acceptance_rate,
-        ess,
-        mean_log_likelihood,
-        num_gradients=1 + len(temperatures) * settings.num_leapfrog,
+        log_weights, chains.point.z, acceptance_rate, ess, mean_log_likelihood, num_gradients
     )
 
 

@@ -19,22 +19,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = [
-    "boolean",
-    "choice",
-    "close",
-    "device",
-    "gradient_matches",
-    "integer",
-    "log_density_normalised",
-    "ordered",
-    "parameters",
-    "real",
-    "within_error",
-]
-
+# A check of one value: returns what the value must be when it is not, and None when it is.
 Specification = Callable[[object], str | None]
-"""A check of one value: returns what the value must be when it is not, and ``None`` when it is."""
 
 
 # --- chapter parameters --------------------------------------------------------------------------

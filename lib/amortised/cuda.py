@@ -14,8 +14,6 @@ from torch.optim import Optimizer
 
 from .numerics import is_capturing
 
-__all__ = ["CapturedFunction"]
-
 State = Mapping[str, Tensor | nn.Module | Optimizer]
 
 

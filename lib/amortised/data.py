@@ -38,23 +38,6 @@ import torch
 
 from .files import atomic_write
 
-__all__ = [
-    "BINARY_SEED",
-    "SPLITS",
-    "DataError",
-    "Digits",
-    "binarise",
-    "cache_folder",
-    "data_folder",
-    "digests",
-    "fetch",
-    "load_mnist",
-    "load_mnist_binary",
-    "load_static_mnist",
-    "read_bytes",
-    "registry",
-]
-
 SPLITS = {
     "train": ("train", slice(0, 60_000)),
     "test": ("t10k", slice(0, 10_000)),
@@ -506,7 +489,7 @@ def load_static_mnist(split: str = "train", dtype: torch.dtype = torch.float32) 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line ``python -m amortised.data list | fetch NAME... | verify [NAME...]``.
+    """Command line ``python -m amortised.data list | fetch | verify [NAME...]``.
 
     :param arguments: words after the program's name; ``None`` takes those of the process.
     :returns: exit status: 0, or 1 if a file is damaged or cannot be fetched, an embedded one

@@ -11,17 +11,6 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from .numerics import check_counts
 
-__all__ = [
-    "BlockPerceptrons",
-    "GaussianEncoder",
-    "ImplicitEncoder",
-    "MixtureEncoder",
-    "ParallelPerceptrons",
-    "bounded_log_scale",
-    "conv_trunk",
-    "start_at_prior",
-]
-
 LOG_SCALE_RANGE = (-8.0, 4.0)
 
 

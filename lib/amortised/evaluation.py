@@ -41,19 +41,6 @@ from .numerics import check_counts, effective_sample_size, log_mean_exp
 from .objectives import elbo
 from .training import fit, gradient_step, half_cosine
 
-__all__ = [
-    "BLOCK_SIZE",
-    "Annealing",
-    "BDMCEstimate",
-    "LikelihoodEstimate",
-    "bdmc_ll",
-    "build_module",
-    "fit_gaussian_proposal",
-    "hais_ll",
-    "importance_sampling_ll",
-    "load_module",
-]
-
 BLOCK_SIZE = 100  # images that share a random stream, hence also what is kept or lost as one
 
 _SAMPLES_PER_DRAW = 25  # importance samples drawn at once; part of what the random stream means
@@ -441,12 +428,9 @@ def _prepare(
 
     schedule = annealing.schedule_fn(annealing.num_temperatures)
     settings = ais.AISSettings(schedule, 0.1, annealing.num_leapfrog, annealing.persistence)
+    target, generator = annealing.target_acceptance, block.generator("pilot")
     step_size = ais.tune_step_size(
-        path,
-        pilot_z0,
-        settings,
-        target_acceptance=annealing.target_acceptance,
-        generator=block.generator("pilot"),
+        path, pilot_z0, settings, target_acceptance=target, generator=generator
     )
     return path, z0, settings._replace(step_size=step_size)
 

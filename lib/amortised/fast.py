@@ -35,8 +35,6 @@ from .cuda import CapturedFunction
 from .models import BernoulliDecoder, LatentVariableModel
 from .numerics import check_counts, is_capturing, value_and_grad
 
-__all__ = ["ROUTES", "LogLikelihoodAndGrad", "RefreshedLikelihood", "log_likelihood_and_grad"]
-
 ROUTES = ("auto", "eager", "rewritten", "dense")
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _VECTOR_WIDTH = 16  # float32 values in the widest register of common processors

@@ -25,17 +25,6 @@ from typing import NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
-__all__ = [
-    "DamagedFileError",
-    "LockedError",
-    "OutOfTimeError",
-    "Work",
-    "atomic_write",
-    "load_tree",
-    "lock",
-    "save_tree",
-]
-
 
 class DamagedFileError(ValueError):
     """A file does not hold what was written to it, and there is none before it to go back to."""

@@ -24,18 +24,6 @@ from .mcmc import hmc_step, sample_chain
 from .models import LatentVariableModel
 from .numerics import check_counts, effective_sample_size
 
-__all__ = [
-    "MASKS",
-    "ConditionalSamples",
-    "Neighbours",
-    "conditional_samples",
-    "impute",
-    "label_entropy",
-    "missing_mask",
-    "nearest_neighbour_l1",
-    "observed_log_likelihood",
-]
-
 MASKS = ("lower_half", "left_half", "random", "square")
 """Masks of :func:`missing_mask`."""
 

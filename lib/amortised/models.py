@@ -17,14 +17,6 @@ from torch.distributions import (
 
 from .numerics import check_counts
 
-__all__ = [
-    "BernoulliDecoder",
-    "ConvBernoulli",
-    "GaussianMixture",
-    "LatentVariableModel",
-    "LinearGaussian",
-]
-
 
 class LatentVariableModel(nn.Module):
     r"""A model with latent :math:`z \in \mathbb{R}^D` and observation :math:`x \in \mathbb{R}^P`.

@@ -11,17 +11,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-__all__ = [
-    "CallCounter",
-    "all_finite",
-    "argument_validation",
-    "check_counts",
-    "effective_sample_size",
-    "is_capturing",
-    "log_mean_exp",
-    "value_and_grad",
-]
-
 
 def is_capturing() -> bool:
     """Whether a CUDA graph is being captured, so that no value can be looked at now."""

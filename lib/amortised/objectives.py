@@ -18,19 +18,6 @@ from torch.distributions import Distribution, kl_divergence
 from .models import LatentVariableModel
 from .numerics import check_counts, log_mean_exp
 
-__all__ = [
-    "dreg_surrogate",
-    "elbo",
-    "importance_log_weights",
-    "iwae_bound",
-    "pq_loss",
-    "qp_loss",
-    "score_function_surrogate",
-    "stl_surrogate",
-    "wake_phi_loss",
-    "wake_theta_loss",
-]
-
 
 def importance_log_weights(
     model: LatentVariableModel, q: Distribution, x: Tensor, num_samples: int

@@ -22,17 +22,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = [
-    "COLOURS",
-    "GREY",
-    "LINES",
-    "animate",
-    "mosaic",
-    "show_density",
-    "show_digits",
-    "use_style",
-]
-
 GREY = "#757d89"
 """Text, axes and ticks: 4.2 to 1 in contrast on white, 4.3 to 1 on the dark page #14181e."""
 

@@ -32,27 +32,6 @@ from torch import Tensor, nn
 from .data import data_folder, digests
 from .files import atomic_write
 
-__all__ = [
-    "Estimate",
-    "Result",
-    "ResultError",
-    "Table",
-    "check_result",
-    "config_hash",
-    "format_estimate",
-    "load_published",
-    "load_result",
-    "load_weights",
-    "markdown_table",
-    "mean_and_se",
-    "paired_difference",
-    "provenance",
-    "result_path",
-    "save_result",
-    "save_weights",
-    "summarise",
-]
-
 
 class ResultError(ValueError):
     """A result or a file of weights departs from its format; the message lists every fault."""
@@ -93,8 +72,7 @@ def _finite_vector(name: str, values) -> np.ndarray:
     if bad.size:
         raise ValueError(
             f"{name} holds {bad.size} values of {vector.size} that are not finite, the first at "
-            f"position {bad[0]}. A mean over the others would be another quantity: find out where "
-            "they come from."
+            f"position {bad[0]}; find out where they come from, since none is left out"
         )
     return vector
 
@@ -141,8 +119,7 @@ def paired_difference(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) 
     first, second = _finite_vector("a", a), _finite_vector("b", b)
     if first.size != second.size:
         raise ValueError(
-            f"a has {first.size} images and b has {second.size}: a paired difference needs the "
-            "same images. Evaluate both on the same ones, or cut both to those they share."
+            f"a has {first.size} images and b has {second.size}; cut both to those they share"
         )
     return mean_and_se(first - second)
 
@@ -157,38 +134,27 @@ def summarise(per_image: Mapping[str, Tensor]) -> dict[str, dict]:
     >>> summarise({"elbo": torch.tensor([-90.0, -92.0])})
     {'elbo': {'mean': -91.0, 'se': 1.0, 'n': 2}}
     """
-    return {
-        name: mean_and_se(values.detach().to(torch.float32))._asdict()
-        for name, values in per_image.items()
-    }
+    return {name: mean_and_se(v.detach().float())._asdict() for name, v in per_image.items()}
 
 
 # ------------------------------------------------------------------------------------- provenance
 
 
-def _canonical(value: object, where: str) -> object:
-    """``value`` as plain JSON data in which equal settings look alike."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{where} is {value}; a configuration holds finite numbers")
-        return int(value) if value.is_integer() else value
-    if isinstance(value, list | tuple):
-        return [_canonical(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"{where} has the key {key!r}; keys are strings")
-        return {key: _canonical(item, f"{where}[{key!r}]") for key, item in value.items()}
-    raise TypeError(
-        f"{where} = {value!r} is a {type(value).__name__}; a configuration holds numbers, "
-        "strings, booleans, None, lists and mappings"
-    )
-
-
 def _canonical_json(value: object, where: str) -> str:
-    return json.dumps(_canonical(value, where), sort_keys=True, separators=(",", ":"))
+    """JSON in which equal settings look alike: keys in order, whole numbers without a point."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        message = (
+            f"{where} = {value!r} cannot be JSON: {error}; use numbers, texts, lists, mappings"
+        )
+        raise type(error)(message) from None
+    return json.dumps(json.loads(text, parse_float=_number), sort_keys=True, separators=(",", ":"))
+
+
+def _number(text: str) -> int | float:
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def config_hash(config: Mapping) -> str:
@@ -197,7 +163,7 @@ def config_hash(config: Mapping) -> str:
     The order of the keys does not matter, nor whether a whole number is written ``2`` or ``2.0``.
 
     :param config: nested mappings and lists of finite numbers, strings, booleans and ``None``.
-    :raises TypeError: if ``config`` is no mapping or holds a key or a value of another type.
+    :raises TypeError: if ``config`` is no mapping or holds a value of another type.
     :raises ValueError: for a number that is not finite.
 
     >>> config_hash({"step_size": 2.0, "T": 5}) == config_hash({"T": 5, "step_size": 2})
@@ -314,8 +280,8 @@ def check_result(record: Mapping, per_image: Mapping[str, Tensor] | None = None)
         raise ResultError(str(error)) from error
     faults = []
     for name, values in (per_image or {}).items():
-        if not isinstance(values, Tensor) or values.dtype != torch.float32 or values.ndim != 1:
-            is_tensor = isinstance(values, Tensor)
+        is_tensor = isinstance(values, Tensor)
+        if not is_tensor or values.dtype != torch.float32 or values.ndim != 1:
             kind = f"{values.dtype} {list(values.shape)}" if is_tensor else type(values).__name__
             faults.append(f"{name!r} is {kind}, expected a float32 tensor [N]")
         elif name not in record["metrics"]:
@@ -471,11 +437,7 @@ def save_weights(
         name: value.detach().to("cpu", dtype if value.is_floating_point() else None)
         for name, value in module.state_dict().items()
     }
-    bad = [
-        name
-        for name, value in tensors.items()
-        if value.is_floating_point() and not value.isfinite().all()
-    ]
+    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
         raise FloatingPointError(
             f"weights are not finite as {dtype or 'they are'}: {', '.join(bad)}; nothing is saved"

@@ -36,22 +36,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checks, data, results
+from . import checks, data, files, results
 from .cuda import CapturedFunction
-from .files import (
-    DamagedFileError,
-    LockedError,
-    OutOfTimeError,
-    Work,
-    atomic_write,
-    lock,
-    save_tree,
-)
+from .files import LockedError, OutOfTimeError, Work
 from .numerics import argument_validation
 from .recipes import ARCHITECTURES, RECIPES, Outcome, Run
 from .training import FitResult, fit, half_cosine
-
-__all__ = ["execute", "folder_name", "main", "read_json", "write_json"]
 
 EXIT_FAILED, EXIT_USAGE, EXIT_OUT_OF_TIME = 1, 2, 3
 HISTORY_LENGTH = 40  # means of the losses that a result keeps
@@ -68,9 +58,14 @@ def folder_name(run: Mapping[str, object]) -> str:
     """
     facts = {"config": run["config"], "recipe_version": run["recipe_version"]}
     if run["builds_on"] is not None:
-        facts["builds_on"] = {k: run["builds_on"][k] for k in ("config_hash", "recipe_version")}
+        facts["builds_on"] = identity(run["builds_on"])
     digest = results.config_hash(facts)[:8]
     return f"{run['study']}/{run['row']}-{run['scale']}-seed{run['seed']}-{digest}"
+
+
+def identity(run: Mapping[str, object]) -> dict:
+    """What tells the numbers of a run or of its result from those of other options."""
+    return {key: run[key] for key in ("config_hash", "recipe_version")}
 
 
 def read_json(path: Path) -> dict | None:
@@ -82,13 +77,13 @@ def read_json(path: Path) -> dict | None:
         return json.loads(path.read_bytes()) if path.exists() else None
     except ValueError as error:
         message = f"{path} is damaged ({error}); remove it to start afresh"
-        raise DamagedFileError(message) from error
+        raise files.DamagedFileError(message) from error
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write it, atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    atomic_write(path, f"{text}\n".encode())
+    files.atomic_write(path, f"{text}\n".encode())
 
 
 def execute(
@@ -125,38 +120,36 @@ def execute(
                 f"{folder} builds on {weights}, which is not trained; first run\n"
                 f"  python -m amortised.runs {weights} --training-only"
             )
-    with lock(folder):
+    with files.lock(folder):
         for path in folder.glob(".*.tmp"):  # half-written by a process that was killed
             path.unlink()
         goal = folder / ("training.json" if training_only else "result.json")
         found = read_json(goal)
         if found is None:
-            _work(folder, spec, torch.device(device), stop_at, weights, training_only)
+            work = Work(folder, stop_at=stop_at)
+            run = Run(spec["seed"], spec["config"], torch.device(device), work, weights)
+            _work(run, spec, training_only)
             found = read_json(goal)
     return found
 
 
-def _work(
-    folder: Path,
-    spec: Mapping[str, object],
-    device: torch.device,
-    stop_at: float,
-    weights: Path,
-    training_only: bool,
-) -> None:
+def _work(run: Run, spec: Mapping[str, object], training_only: bool) -> None:
     """Do the stages that are missing. A run that diverges is a result, too: it has failed."""
     started, cpu_started = time.time(), time.process_time()
+    folder, recipe = run.work.folder, RECIPES[spec["recipe"]]
     is_resumed = any(folder.glob("*.stage")) or any(folder.glob("*.safetensors"))
-    facts = results.provenance(device, started=started)  # of the code as it was read
-    run = Run(spec["seed"], spec["config"], device, Work(folder, stop_at=stop_at), weights)
+    facts = results.provenance(run.device, started=started)  # of the code as it was read
     training = read_json(folder / "training.json")
     try:
-        with _seeded(run.seed, device):
-            if training is None and RECIPES[spec["recipe"]].build is not None:
+        with _seeded(run.seed, run.device):
+            if training is None and recipe.build is not None:
                 training = _train(run, spec, facts)
             if training_only:
                 return
-            outcome = _evaluate(run, spec)
+            reason = read_json(run.weights / "training.json").get("reason")
+            if reason is not None:
+                raise FloatingPointError(reason)
+            outcome = recipe.evaluate(run)
     except FloatingPointError as error:
         outcome = str(error)
         if training is None:
@@ -236,14 +229,7 @@ def _history(result: FitResult) -> dict[str, list[float]]:
     }
 
 
-# --- evaluation and result -----------------------------------------------------------------------
-
-
-def _evaluate(run: Run, spec: Mapping[str, object]) -> Outcome:
-    training = read_json(run.weights / "training.json")
-    if "reason" in training:
-        raise FloatingPointError(training["reason"])
-    return RECIPES[spec["recipe"]].evaluate(run)
+# --- result --------------------------------------------------------------------------------------
 
 
 def _finish(
@@ -261,16 +247,14 @@ def _finish(
         conclusion = {"status": "failed", "reason": outcome, "metrics": {}}
     else:
         per_image = {name: values.cpu().float() for name, values in outcome.per_image.items()}
-        save_tree(folder / "per_image.stage", per_image)
+        files.save_tree(folder / "per_image.stage", per_image)
         conclusion = {"status": "done", "metrics": results.summarise(per_image)}
         seconds |= {name: round(value, 2) for name, value in outcome.seconds.items()}
         details |= outcome.details
     facts["wall_seconds"] = max(sum(seconds.values()), facts["wall_seconds"])
     details |= {"cpu_seconds": cpu_seconds} | ({"seconds": seconds} if seconds else {})
     if spec["builds_on"] is not None:
-        details["builds_on"] = {
-            key: spec["builds_on"][key] for key in ("config_hash", "recipe_version")
-        }
+        details["builds_on"] = identity(spec["builds_on"])
     names = ("study", "row", "scale", "seed", "config", "config_hash", "recipe_version")
     record = {name: spec[name] for name in names}
     conclusion |= {"provenance": facts, "details": details}
@@ -286,13 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_limits(parser)
     options = parser.parse_args(arguments)
     try:
-        stop_at = apply_limits(options)
-        found = execute(
-            options.folder,
-            device=options.device,
-            stop_at=stop_at,
-            training_only=options.training_only,
-        )
+        limits = {"stop_at": apply_limits(options), "training_only": options.training_only}
+        found = execute(options.folder, device=options.device, **limits)
     except OutOfTimeError as error:
         return stop(f"{error}; the same command goes on from here", EXIT_OUT_OF_TIME)
     except (LockedError, OSError, ValueError) as error:

@@ -13,20 +13,10 @@ import textwrap
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+import pydantic
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
 
 from .results import config_hash
-
-__all__ = ["DataFile", "DataSet", "FormatError", "Registry", "Strict", "explain", "validate"]
 
 
 class FormatError(ValueError):
@@ -36,7 +26,7 @@ class FormatError(ValueError):
 class Strict(BaseModel):
     """A table with these entries and no others, none of which is converted to another type."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 # --- checking ------------------------------------------------------------------------------------
@@ -62,23 +52,15 @@ def validate(kind: Any, tree: object, source: str | os.PathLike) -> Any:
       [1]: unknown name 'nam' (known: name, size, sha256)
     """
     try:
-        return TypeAdapter(kind).validate_python(tree)
-    except ValidationError as error:
-        raise FormatError(explain(error, kind, source)) from None
-
-
-def explain(error: ValidationError, kind: Any, source: str | os.PathLike) -> str:
-    """Every fault that pydantic has found, a line each: where, which value, and what may stand.
-
-    :param error: what validation raised.
-    :param kind: the type that was validated.
-    :param source: name of the file.
-    """
-    lines = [_fault(kind, **fault) for fault in error.errors(include_url=False)]
-    return "\n  ".join([f"{os.fspath(source)} departs from its format:", *lines])
+        return pydantic.TypeAdapter(kind).validate_python(tree)
+    except pydantic.ValidationError as error:
+        lines = [_fault(kind, **fault) for fault in error.errors(include_url=False)]
+        head = f"{os.fspath(source)} departs from its format:"
+        raise FormatError("\n  ".join([head, *lines])) from None
 
 
 def _fault(kind: Any, *, type: str, loc: tuple, msg: str, input: object, ctx: object = None) -> str:
+    """A fault that pydantic has found: where, which value, and what may stand there."""
     what = msg.removeprefix("Value error, ")
     if type == "missing":
         loc, what = loc[:-1], f"{loc[-1]} is missing"

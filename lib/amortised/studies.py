@@ -15,21 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    Field,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from . import data
 from .recipes import RECIPES
-from .schemas import FormatError, Name, Seed, Strict, explain
-
-__all__ = ["OPTIONS", "SCALES", "AmcOptions", "Experiment", "ImputationOptions", "Study",
-           "VaeOptions", "load_studies"]  # fmt: skip
+from .schemas import FormatError, Name, Seed, Strict, validate
 
 SCALES = ("laptop", "full")
 """``laptop``: minutes to an hour on one core, three seeds. ``full``: on a GPU."""
@@ -192,7 +182,7 @@ Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
 Options = dict[str, Any]
 
 
-class Row(Strict):
+class _Row(Strict):
     """What a row says of itself beside its options."""
 
     scales: Annotated[list[Scale], Field(min_length=1), AfterValidator(_distinct)] | None = None
@@ -212,7 +202,7 @@ class Study(Strict):
     rows: dict[Name, Options | None]
 
 
-class File(Strict):
+class _File(Strict):
     studies: dict[Name, Study]
 
 
@@ -260,7 +250,7 @@ def load_studies(path: str | os.PathLike | None = None) -> dict[str, list[Experi
         raise FormatError(f"there is no file of studies {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FormatError(f"{path} is not YAML: {error}") from None
-    file = _validated(File, tree, "", faults)
+    file = _validated(_File, tree, "", faults)
     found: dict[str, list[Experiment]] = {}
     for name, study in {} if file is None else file.studies.items():
         found[name] = [
@@ -278,9 +268,9 @@ def load_studies(path: str | os.PathLike | None = None) -> dict[str, list[Experi
 def _validated(kind: Any, tree: object, where: str, faults: list[str]) -> Any:
     """``tree`` as an instance of ``kind``, or None and its faults in the list."""
     try:
-        return TypeAdapter(kind).validate_python(tree)
-    except ValidationError as error:
-        lines = explain(error, kind, where).split("\n  ")[1:]
+        return validate(kind, tree, where)
+    except FormatError as error:
+        lines = str(error).split("\n  ")[1:]
         faults += [f"{where}{': ' * bool(where)}{line}" for line in lines]
         return None
 
@@ -303,8 +293,8 @@ def _runs(
 ) -> Iterator[Experiment]:
     """The runs of one row: each of its scales with each of its seeds."""
     where = f"studies.{name}.rows.{row}"
-    about = {key: value for key, value in options.items() if key in Row.model_fields}
-    settings = _validated(Row, about, where, faults)
+    about = {key: value for key, value in options.items() if key in _Row.model_fields}
+    settings = _validated(_Row, about, where, faults)
     if settings is None:
         return
     for scale in settings.scales or study.scales:

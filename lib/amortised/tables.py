@@ -32,18 +32,6 @@ from .results import (
     mean_and_se,
 )
 
-__all__ = [
-    "Pooled",
-    "cells",
-    "load_study",
-    "metric_table",
-    "paired",
-    "paired_table",
-    "pool",
-    "run_table",
-    "study_table",
-]
-
 Study = Mapping[str, Sequence[Result]]
 _PROGRAM = "`python -m amortised.experiments` goes before it."
 

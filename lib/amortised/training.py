@@ -30,15 +30,6 @@ from tqdm import tqdm
 from .files import Work, save_tree
 from .numerics import check_counts
 
-__all__ = [
-    "FitResult",
-    "NonFiniteError",
-    "cosine_decay",
-    "fit",
-    "gradient_step",
-    "half_cosine",
-]
-
 Step = Callable[..., Mapping[str, Tensor]]
 
 _STEPS_ON_DEVICE = 64  # steps between two looks at the losses of an accelerator
