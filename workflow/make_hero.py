@@ -105,7 +105,7 @@ def hues(z):
     lightness, chroma = 0.64, 0.085
     a, b = chroma * np.cos(angle), chroma * np.sin(angle)
     to_lms = np.array([
-        [0.3963377774, 0.2158037573], [-0.1055613458, -0.0638541728], [-0.0894841775, -1.2914855480],
+        [0.3963377774, 0.2158037573], [-0.1055613458, -0.0638541728], [-0.0894841775, -1.291485548],
     ])  # fmt: skip
     lms = lightness + np.stack([a, b], -1) @ to_lms.T
     to_srgb = np.array([
