@@ -171,7 +171,8 @@ def test_rows_of_one_seed_start_from_one_decoder_and_learn_at_their_rates(kind):
     first = built(VAE).networks["decoder"].state_dict()
     config, training = TRAINED[kind].config, built(TRAINED[kind])
     decoder = training.networks["decoder"].state_dict()
-    assert all(torch.equal(value, decoder[name]) for name, value in first.items())
+    if TRAINED[kind].recipe != "teacher":  # which start from weights that are trained
+        assert all(torch.equal(value, decoder[name]) for name, value in first.items())
     is_game = config.get("method") == "avb" or config.get("rule") in ("gan", "wasserstein")
     learners = {"model", "encoder"} if config.get("encoder") != "none" else {"model"}
     assert training.optimizers.keys() == learners | ({"discriminator"} if is_game else set())
