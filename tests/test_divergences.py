@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from amortised.divergences import alpha_divergence, jensen_shannon, kl, minimise
+from amortised.divergences import alpha_divergence, gaussian_elbo, jensen_shannon, kl, minimise
 from amortised.models import GaussianMixture
-from amortised.traces import Parcels, posterior_ranks, uniformity
+from amortised.traces import Parcels, TraceDistribution, posterior_ranks, uniformity
 
 GRID = torch.linspace(-30, 30, 2401, dtype=torch.float64)
 SPACING = 0.025
@@ -88,6 +88,29 @@ def test_alpha_curve_joins_the_known_optima():
         assert path[-1, 0].tolist() == pytest.approx([mean, math.log(scale)], abs=2e-3)
 
 
+def test_gaussian_elbo_is_the_evidence_less_the_divergence():
+    """With a best bound at the merged model and one below the evidence where clusters part."""
+
+    def bound(centre, phi, x=7.0):
+        def log_joint(z):
+            sides = torch.stack([Normal(s * centre, 1.0).log_prob(z) for s in (-1, 1)])
+            x_given_z = Normal(z, 10.0).log_prob(torch.tensor(x, dtype=z.dtype))
+            return sides.logsumexp(0) - math.log(2) + x_given_z
+
+        return gaussian_elbo(log_joint, phi)
+
+    for centre, mean, log_scale in ((0.0, 0.3, -0.2), (5.0, 1.0, 1.2)):
+        model = GaussianMixture(
+            torch.ones(2), torch.tensor([-centre, centre]), torch.ones(2), 10.0
+        ).double()
+        x = torch.tensor([[7.0]]).double()
+        log_p = model.posterior(x).log_prob(GRID.view(-1, 1, 1))
+        phi = torch.tensor([[mean, log_scale]], dtype=torch.float64)
+        log_q = Normal(phi[:, 0], phi[:, 1].exp()).log_prob(GRID.unsqueeze(-1))
+        expected = model.log_evidence(x) - kl(log_q, log_p, SPACING)
+        torch.testing.assert_close(bound(centre, phi), expected, rtol=1e-5, atol=1e-6)
+
+
 # --- programs ------------------------------------------------------------------------------------
 
 
@@ -134,6 +157,50 @@ def test_parcels_traces_add_up():
     assert ((z != 0).sum(-1) == n).all()
     assert float(n.mean()) == pytest.approx(2.0, abs=0.07)
     assert float((x[..., 0] - z.sum(-1)).std()) == pytest.approx(0.5, abs=0.02)
+
+
+class ExactSteps(torch.nn.Module):
+    """The exact posterior of the program, one step after another."""
+
+    def stop_logit(self, x, i):
+        log_counts = Parcels().log_counts(x)
+        step = i.long().expand(*x.shape[:-1], i.shape[-1])
+        stop = log_counts.gather(-1, step - 1)
+        rest = log_counts.flip(-1).logcumsumexp(-1).flip(-1).gather(-1, step)
+        return stop - rest
+
+    def value(self, x, placed, i, n):
+        left = (n - i + 1).clamp_min(1)  # parcels that share what is not yet placed
+        gain = 1 / (left + 0.25)
+        return Normal(2 + gain * (x - placed - 2 * left), (1 - gain).sqrt())
+
+
+def test_trace_distribution_can_be_the_exact_posterior():
+    torch.manual_seed(0)
+    program = Parcels()
+    x, trace = program.sample(2000)
+    keep = trace[..., 0] < 12  # the gather above stops at 60
+    q = TraceDistribution(ExactSteps(), x[keep])
+    exact = program.log_posterior(x[keep], trace[keep])
+    torch.testing.assert_close(q.log_prob(trace[keep]), exact, rtol=1e-3, atol=1e-3)
+    counts = q.log_counts(8)
+    exact = program.log_counts(x[keep]).log_softmax(-1)[:, :8]
+    torch.testing.assert_close(counts, exact, rtol=1e-3, atol=1e-3)
+
+
+def test_trace_distribution_draws_what_its_density_says():
+    torch.manual_seed(0)
+    q = TraceDistribution(ExactSteps(), torch.full((20_000, 1), 4.0))
+    draws = q.sample()
+    n, z = draws[:, 0], draws[:, 1:]
+    probabilities = Parcels().log_counts(torch.tensor([4.0])).softmax(-1)
+    for count in (1, 2, 3):
+        error = (probabilities[count - 1] / 20_000) ** 0.5
+        assert abs(float((n == count).float().mean()) - probabilities[count - 1]) < 4 * error
+    total = z[n == 2].sum(-1)  # Gaussian: mean 4, precision 1/2 + 4
+    assert float(total.mean()) == pytest.approx(4.0, abs=0.02)
+    assert float(total.std()) == pytest.approx((1 / 4.5) ** 0.5, abs=0.01)
+    assert ((z != 0).sum(-1) == n).all()
 
 
 def test_ranks_of_the_exact_posterior_are_uniform_and_others_are_not():

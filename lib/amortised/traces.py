@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Geometric, MixtureSameFamily, Normal
+from torch.nn.functional import logsigmoid
 
 from .numerics import check_counts
 
-__all__ = ["Branches", "Parcels", "posterior_ranks", "uniformity"]
+__all__ = ["Branches", "Parcels", "TraceDistribution", "posterior_ranks", "uniformity"]
 
 
 class Branches(MixtureSameFamily):
@@ -102,6 +103,65 @@ class Parcels:
         total = n + self.noise_scale**2
         correlation = n * (1 - 1 / total).log() - (self.noise_scale**2 / total).log()
         return float((0.5**n * correlation / 2).sum())
+
+
+class TraceDistribution:
+    r"""A distribution over traces n, z_1, ..., z_n of any length, made step by step.
+
+    .. math:: q(n, z \mid x) = h_n \prod_{i < n} (1 - h_i)
+        \prod_{i=1}^{n} q\Big(z_i \,\Big|\, x, \sum_{j < i} z_j, i, n\Big), \qquad
+        h_i = \mathrm{sigmoid}\, \ell(x, i)
+
+    Traces of one batch are filled up with zeros to the longest of them.
+
+    :param steps: a module with ``stop_logit(x, i)``, the logits :math:`\ell`, and
+        ``value(x, placed, i, n)``, a distribution of :math:`z_i`; arguments broadcast to
+        ``[..., N]``, with ``placed`` the running total.
+    :param x: observations, ``[..., 1]``.
+
+    >>> class Steps(nn.Module):
+    ...     def stop_logit(self, x, i):
+    ...         return torch.zeros_like(x + i)
+    ...
+    ...     def value(self, x, placed, i, n):
+    ...         return Normal(2.0 + 0.0 * placed, 1.0)
+    >>> q = TraceDistribution(Steps(), torch.tensor([4.0]))  # the prior of Parcels
+    >>> q.log_prob(torch.tensor([2.0, 1.5, 2.0, 0.0]))  # 2 log(1/2) - log(2 pi) - 1/8
+    tensor(-3.3492)
+    """
+
+    def __init__(self, steps: nn.Module, x: Tensor):
+        self.steps, self.x = steps, x
+
+    def log_prob(self, trace: Tensor) -> Tensor:
+        """Log-density of traces ``[..., 1 + N]``, in nats; what follows step n is ignored."""
+        n, z = trace[..., :1], trace[..., 1:]
+        i = torch.arange(1.0, z.shape[-1] + 1).expand_as(z)
+        stop = self.steps.stop_logit(self.x, i)
+        decision = torch.where(i == n, logsigmoid(stop), logsigmoid(-stop))
+        value = self.steps.value(self.x, z.cumsum(-1) - z, i, n)
+        return ((decision + value.log_prob(z)) * (i <= n)).sum(-1)
+
+    def log_counts(self, largest: int) -> Tensor:
+        """log q(n | x) for n = 1, ..., ``largest``: ``[..., largest]``, in nats."""
+        i = torch.arange(1.0, largest + 1).expand(*self.x.shape[:-1], largest)
+        stop = self.steps.stop_logit(self.x, i)
+        return logsigmoid(stop) + logsigmoid(-stop).cumsum(-1) - logsigmoid(-stop)
+
+    @torch.no_grad()
+    def sample(self) -> Tensor:
+        """One trace for each observation, ``[..., 1 + longest]``, from the global stream."""
+        n, running = torch.zeros_like(self.x), torch.ones_like(self.x)
+        while running.any():
+            n = n + running
+            stop = self.steps.stop_logit(self.x, n).sigmoid()
+            running = running * (torch.rand_like(self.x) > stop)
+        placed, z = torch.zeros_like(self.x), []
+        for i in range(1, int(n.max()) + 1):
+            step = torch.full_like(self.x, i)
+            z.append(self.steps.value(self.x, placed, step, n).sample() * (step <= n))
+            placed = placed + z[-1]
+        return torch.cat([n, *z], -1)
 
 
 def posterior_ranks(truth: Tensor, draws: Tensor) -> Tensor:
