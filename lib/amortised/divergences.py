@@ -97,9 +97,9 @@ def gaussian_elbo(log_joint_fn: Callable[[Tensor], Tensor], phi: Tensor) -> Tens
 
     .. math:: \mathbb{E}_{\mathcal{N}(m, s^2)}[\log p(x, z)] + \log s + \tfrac12 \log 2 \pi e
 
-    The expectation is a sum over 49 points from :math:`m - 6s` to :math:`m + 6s`.
+    The expectation is a sum over 193 points from :math:`m - 6s` to :math:`m + 6s`.
 
-    :param log_joint_fn: maps points ``[..., 49]`` to :math:`\log p(x, z)` of the same shape.
+    :param log_joint_fn: maps points ``[..., 193]`` to :math:`\log p(x, z)` of the same shape.
     :param phi: means and log-scales, ``[..., 2]``.
     :return: ``[...]``, in nats, with its graph.
 
@@ -108,7 +108,7 @@ def gaussian_elbo(log_joint_fn: Callable[[Tensor], Tensor], phi: Tensor) -> Tens
     >>> gaussian_elbo(log_joint, torch.tensor([0.5, -0.5 * math.log(2)]))  # log N(1; 0, 2)
     tensor(-1.5155)
     """
-    nodes = torch.linspace(-6, 6, 49, dtype=phi.dtype)
+    nodes = torch.linspace(-6, 6, 193, dtype=phi.dtype)
     weights = Normal(0.0, 1.0).log_prob(nodes).softmax(0)
     z = phi[..., :1] + phi[..., 1:].exp() * nodes
     entropy = phi[..., 1] + 0.5 * math.log(2 * math.pi * math.e)
