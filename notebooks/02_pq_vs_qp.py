@@ -299,7 +299,7 @@ def optima(divergence, *arguments):
     def loss(phi):
         return divergence(log_five, gaussian(phi), *arguments, spacing=0.1)
 
-    phi = divergences.minimise(loss, start)[0][-1]
+    phi = divergences.minimise(loss, start, num_steps=300)[0][-1]
     return torch.stack([phi[:, 0], phi[:, 1].exp(), loss(phi)], -1)
 
 
@@ -612,7 +612,7 @@ for ax, x in zip(axes, (0.0, 5.0, 10.0, 20.0, 50.0), strict=True):
     ax.set(ylim=(0, 0.45), yticks=() if x else (0, 0.2, 0.4))
 plt.show()
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-mixture", "caption": "Example 2, every seed: mean and scale of the encoders against $x$. Wide pale lines are the optima {eq}`eq-pq-optima`. pq, qp from the warm and from the cold start, and pq trained on the wide proposal. Shaded: the two densities of training observations, not to one scale. The learned scale follows its optimum where training observations are common."}, "image": {"alt": "Left: pq means follow an S-shaped curve; warm qp means jump from minus 5 to plus 5 near zero; cold qp means differ between seeds. Right: qp scales are near 1 except at the jump; pq scales peak at 5 and follow their optimum to about x = 30, then stay above 2, while those trained on the wide proposal follow it down to 1."}}
+# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-mixture", "caption": "Example 2, every seed: mean and scale of the encoders against $x$. Wide pale lines are the optima {eq}`eq-pq-optima`; thin lines are pq, qp from the warm and from the cold start, and pq trained on the wide proposal. Shaded: the two densities of training observations, not to one scale. The learned scale follows its optimum where training observations are common."}, "image": {"alt": "Left: pq means follow an S-shaped curve; warm qp means jump from minus 5 to plus 5 near zero; cold qp means differ between seeds. Right: qp scales are near 1 except at the jump; pq scales peak at 5 and follow their optimum to about x = 30, then stay above 2, while those trained on the wide proposal follow it down to 1."}}
 figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.2))
 for q, colour in zip(best_gaussians(x_wide), (PQ, QP), strict=True):
     for ax, output in zip(axes, (q.mean, q.stddev), strict=True):
@@ -1154,7 +1154,7 @@ for x, b in zip(x_free[:, 0], bias, strict=True):
 # In the centre the covering Gaussian has both modes within one standard deviation, and the bias is small.
 # In the tail the smaller mode lies several standard deviations out: with ten particles the variance is underestimated by about an eighth at $x = 15$ and by a half at $x = 20$. A narrower $q$ undercovers that mode even more, so that the error feeds itself:
 # in the end no draw visits the smaller mode, the weights of the visited one are nearly equal, and the estimate is content.
-# {cite:t}`finke2019iwae` discuss reweighted wake-sleep as adaptive importance sampling, for which this is the known danger.
+# (Reweighted wake-sleep is adaptive importance sampling, and {cite:t}`finke2019iwae` study it as such.)
 #
 # So the covering solution should be lost in the tail and kept in the centre. To see whether that is what happens, we run wake-$\phi$ on two encoders that start from moment matching:
 # one with *free* parameters for each of the six observations, and one *shared* network, the pq encoder `cover`, on $x$ from the model. Both take the same steps.
