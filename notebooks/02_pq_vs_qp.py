@@ -1148,9 +1148,9 @@ log_p = exact.log_prob(z_grid[:, None])
 match = Normal(exact.mean[:, 0], exact.stddev[:, 0])  # moment matching
 weighted = log_p.exp() * (log_p - match.log_prob(z_grid)).exp()  # p^2 / q
 square = ((z_grid - match.mean) / match.stddev) ** 2
-bias = 100 * 0.1 * (weighted * (1 - square)).sum(0)
+bias = 0.1 * (weighted * (1 - square)).sum(0)  # times 1 / K
 for x, b in zip(x_free[:, 0], bias, strict=True):
-    print(f"x = {x:2.0f}: first-order bias of the variance {b:8.1f} % / K")
+    print(f"x = {x:2.0f}: first-order relative bias of the variance {b:.2g} / K")
 
 # %% [markdown]
 # In the centre the covering Gaussian has both modes within one standard deviation, and the bias is small.
