@@ -715,8 +715,11 @@ for i, panel in enumerate(right.subplots(3, 1)):
     def log_exact(z, x_i=x_few[i]):
         return flat_vae.log_joint(x_i, z.float().to(device)).cpu()
 
+    def log_q(z, q=q):
+        return q.log_prob(z).sum(-1)
+
     plotting.show_density(log_exact, window, **view)
-    plotting.show_density(lambda z, q=q: q.log_prob(z).sum(-1), window, **orange, **view)
+    plotting.show_density(log_q, window, **orange, **view)
     panel.set_title(f"test image {i}", fontsize=8)
 plt.show()
 

@@ -123,12 +123,3 @@ def test_a_table_takes_columns_that_are_given(root):
     table = tables.metric_table(study, LABELS, {"LL": "ll"}, 1, with_seeds=False, given=given)
     assert table.splitlines()[2] == "| VAE | -4.0 ± 1.0 | -3.0 |"
     assert table.splitlines()[4] == "| AVB | – | – |"
-
-
-def test_costs_count_the_decoders_own_step_and_the_chain(tmp_path):
-    for seed, seconds in ((0, 60.0), (1, 180.0)):
-        details = {"chain_gradients_per_image": 10, "seconds": {"training": seconds}}
-        save(tmp_path, "amc", seed, details=details, ll=[-3.0 - seed, -5.0 - seed])
-    study = tables.load_study("amc_table1", "laptop", tmp_path)
-    # Two passes (the record's epochs) of one step each, and ten gradients of chains.
-    assert tables.costs(study, LABELS, "ll") == [("AMC", 12, 2.0, -4.5, 1.0)]

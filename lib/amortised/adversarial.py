@@ -24,21 +24,6 @@ from .encoders import conv_trunk
 from .models import LatentVariableModel
 from .numerics import check_counts, is_capturing, value_and_grad
 
-__all__ = [
-    "Discriminator",
-    "adaptive_contrast",
-    "avb_discriminator_loss",
-    "avb_logits",
-    "avb_loss",
-    "critic_loss",
-    "critic_student_loss",
-    "discriminator_loss",
-    "generator_loss",
-    "gradient_penalty",
-    "median_bandwidth",
-    "mmd_squared",
-]
-
 Critic = Callable[[Tensor, Tensor], Tensor]
 
 MIN_MMD_SAMPLES = 8

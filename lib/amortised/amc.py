@@ -49,24 +49,6 @@ from .models import LatentVariableModel
 from .numerics import all_finite, check_counts
 from .objectives import elbo
 
-__all__ = [
-    "RULES",
-    "Lesson",
-    "PersistentChains",
-    "Rule",
-    "amc_step",
-    "avb_step",
-    "descend",
-    "gan",
-    "mcmc_vi_step",
-    "persistent_step",
-    "student_samples",
-    "teacher_chain",
-    "teacher_samples",
-    "vae_step",
-    "wasserstein",
-]
-
 Optimizers = Mapping[str, Optimizer]
 Encoder = Callable[[Tensor], Distribution] | ImplicitEncoder
 Teacher = Callable[[Tensor, Tensor], Tensor]
@@ -273,8 +255,8 @@ class Rule(NamedTuple):
 
 
 def gan(num_critic_steps: int = 1) -> Rule:
-    """The original game, with :func:`amortised.adversarial.discriminator_loss` for the discriminator
-    and :func:`amortised.adversarial.generator_loss` for the student.
+    """The original game, with :func:`amortised.adversarial.discriminator_loss` and, for the
+    student, :func:`amortised.adversarial.generator_loss`.
 
     :param num_critic_steps: steps of the discriminator on the samples of one minibatch.
 
@@ -290,9 +272,9 @@ def gan(num_critic_steps: int = 1) -> Rule:
 
 
 def wasserstein(num_critic_steps: int = 5, penalty_weight: float = 10.0) -> Rule:
-    """The Wasserstein game, with :func:`amortised.adversarial.critic_loss` for the critic, which
-    wants as many samples of the teacher as of the student, and
-    :func:`amortised.adversarial.critic_student_loss` for the student.
+    """The Wasserstein game, with :func:`amortised.adversarial.critic_loss`, which wants as many
+    samples of the teacher as of the student, and, for the student,
+    :func:`amortised.adversarial.critic_student_loss`.
 
     :param num_critic_steps: steps of the critic on the samples of one minibatch.
     :param penalty_weight: weight of the gradient penalty.

@@ -15,17 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import Field, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from . import data
 from .recipes import RECIPES
-from .schemas import FormatError, Name, Seed, Strict, explain
+from .schemas import FormatError, Name, Seed, Strict, validate
 
-__all__ = ["OPTIONS", "SCALES", "AmcOptions", "Experiment", "ImputationOptions", "Study",
-           "VaeOptions", "load_studies"]  # fmt: skip
-
+#: ``laptop``: minutes to an hour on one core, three seeds. ``full``: on a GPU.
 SCALES = ("laptop", "full")
-"""``laptop``: minutes to an hour on one core, three seeds. ``full``: on a GPU."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Encoder = Literal["none", "gaussian", "cnn_g", "cnn_b"]
@@ -42,11 +39,11 @@ class TrainingOptions(Strict):
     epochs: PositiveInt
     batch_size: Annotated[int, Field(ge=1, le=60_000)]
     learning_rate: Positive
+    #: Samples of the encoder for each image.
     num_student_samples: PositiveInt
-    """Samples of the encoder for each image."""
 
+    #: Test images of the evaluation; the following are its settings, too.
     images: Annotated[int, Field(ge=2, le=10_000)]
-    """Test images of the evaluation; the following are its settings, too."""
     num_chains: PositiveInt
     pilot_chains: PositiveInt
     num_temperatures: PositiveInt
@@ -84,21 +81,22 @@ class AmcOptions(TrainingOptions):
     def _parts_fit_together(self) -> Self:
         has_chain = self.method in ("mcmc_vi", "amc", "persistent")
         needs_density = self.method in ("vae", "mcmc_vi") or self.rule == "inclusive_kl"
-        for is_wrong, option, why in (
-            ((self.encoder == "none") != (self.method == "persistent"), "encoder", ""),
-            (needs_density and self.encoder != "gaussian", "encoder", ", which needs a density"),
-            (has_chain != (self.kernel != "none"), "kernel", ""),
-            (has_chain != (self.num_steps > 0), "num_steps", ""),
-            (has_chain != (self.step_size > 0), "step_size", ""),
-            ((self.method == "amc") != (self.rule != "none"), "rule", ""),
-            (self.rule == "mmd" and self.num_student_samples < 8, "num_student_samples",
-             " and rule = 'mmd', which needs at least 8"),
-        ):  # fmt: skip
-            if is_wrong:
-                value = getattr(self, option)
-                raise ValueError(
-                    f"{option} = {value!r} does not go with method = {self.method!r}{why}"
-                )
+        fits = {
+            "encoder": (self.encoder == "none") == (self.method == "persistent")
+            and (self.encoder == "gaussian" or not needs_density),
+            "kernel": has_chain == (self.kernel != "none"),
+            "num_steps": has_chain == (self.num_steps > 0),
+            "step_size": has_chain == (self.step_size > 0),
+            "rule": (self.method == "amc") == (self.rule != "none"),
+            "num_student_samples": self.rule != "mmd" or self.num_student_samples >= 8,
+        }
+        for name in (name for name, fit in fits.items() if not fit):
+            raise ValueError(
+                f"{name} = {getattr(self, name)!r} does not go with method = {self.method!r}, "
+                f"rule = {self.rule!r}. The chain of mcmc_vi, amc and persistent needs a kernel, "
+                "steps and a step size; vae, mcmc_vi and inclusive_kl need a Gaussian encoder, "
+                "persistent takes none; a rule belongs to amc, and mmd needs 8 samples or more"
+            )
         return self
 
 
@@ -111,8 +109,8 @@ class VaeOptions(TrainingOptions):
 class ImputationOptions(Strict):
     """Options of :func:`amortised.recipes.evaluate_imputation`."""
 
+    #: With ``trained``: the row whose weights, of the same scale and seed, are used.
     trained_study: Name
-    """With ``trained``: the row whose weights, of the same scale and seed, are used."""
     trained: Name
     images: Annotated[int, Field(ge=2, le=10_000)]
     num_chains: PositiveInt
@@ -123,25 +121,29 @@ class ImputationOptions(Strict):
     reference_steps: PositiveInt
 
 
-OPTIONS: dict[str, type[Strict]] = {
-    "amc": AmcOptions,
-    "vae": VaeOptions,
-    "imputation": ImputationOptions,
-}
-"""The options of each recipe of :data:`amortised.recipes.RECIPES`."""
+#: The options of each recipe of :data:`amortised.recipes.RECIPES`.
+OPTIONS = {"amc": AmcOptions, "vae": VaeOptions, "imputation": ImputationOptions}
 
 
 # --- the file ------------------------------------------------------------------------------------
 
+
+def _distinct(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{values} holds a value twice")
+    return values
+
+
 Scale = Literal["laptop", "full"]
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
 Options = dict[str, Any]
 
 
-class Row(Strict):
+class _Row(Strict):
     """What a row says of itself beside its options."""
 
-    scales: Annotated[list[Scale], Field(min_length=1)] | None = None
-    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
+    scales: Annotated[list[Scale], Field(min_length=1), AfterValidator(_distinct)] | None = None
+    seeds: Seeds | None = None
     keep: tuple[Literal["decoder", "encoder"], ...] = Field((), strict=False)
 
 
@@ -151,13 +153,13 @@ class Study(Strict):
     title: str
     recipe: Literal[tuple(RECIPES)]
     recipe_version: PositiveInt
-    seeds: Annotated[list[Seed], Field(min_length=1)]
+    seeds: Seeds
     common: Options
     scales: dict[Scale, Options]
     rows: dict[Name, Options | None]
 
 
-class File(Strict):
+class _File(Strict):
     studies: dict[Name, Study]
 
 
@@ -205,14 +207,12 @@ def load_studies(path: str | os.PathLike | None = None) -> dict[str, list[Experi
         raise FormatError(f"there is no file of studies {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FormatError(f"{path} is not YAML: {error}") from None
-    file = _validated(File, tree, "", faults)
+    file = _validated(_File, tree, "", faults)
     found: dict[str, list[Experiment]] = {}
     for name, study in {} if file is None else file.studies.items():
-        found[name] = [
-            experiment
-            for row, options in study.rows.items()
-            for experiment in _runs(name, study, row, options or {}, faults)
-        ]
+        found[name] = []
+        for row, options in study.rows.items():
+            found[name] += _runs(name, study, row, options or {}, faults)
     if not faults:
         found = {name: [_tied(run, found, faults) for run in runs] for name, runs in found.items()}
     if faults:
@@ -223,9 +223,9 @@ def load_studies(path: str | os.PathLike | None = None) -> dict[str, list[Experi
 def _validated(kind: Any, tree: object, where: str, faults: list[str]) -> Any:
     """``tree`` as an instance of ``kind``, or None and its faults in the list."""
     try:
-        return TypeAdapter(kind).validate_python(tree)
-    except ValidationError as error:
-        lines = explain(error, kind, where).split("\n  ")[1:]
+        return validate(kind, tree, where)
+    except FormatError as error:
+        lines = str(error).split("\n  ")[1:]
         faults += [f"{where}{': ' * bool(where)}{line}" for line in lines]
         return None
 
@@ -248,8 +248,8 @@ def _runs(
 ) -> Iterator[Experiment]:
     """The runs of one row: each of its scales with each of its seeds."""
     where = f"studies.{name}.rows.{row}"
-    about = {key: value for key, value in options.items() if key in Row.model_fields}
-    settings = _validated(Row, about, where, faults)
+    about = {key: value for key, value in options.items() if key in _Row.model_fields}
+    settings = _validated(_Row, about, where, faults)
     if settings is None:
         return
     for scale in settings.scales or study.scales:
@@ -272,7 +272,7 @@ def _tied(
     if "trained" not in run.config:
         return run
     wanted = (run.config["trained_study"], run.config["trained"], run.scale, run.seed)
-    others = studies.get(wanted[0], [])
+    others = [other for other in studies.get(wanted[0], []) if RECIPES[other.recipe].build]
     needs = next((other for other in others if other[:4] == wanted), None)
     if needs is None:
         rows = ", ".join(dict.fromkeys(other.row for other in others)) or "none"
