@@ -22,23 +22,6 @@ from torch import Tensor
 
 from .numerics import all_finite, check_counts, value_and_grad
 
-__all__ = [
-    "ChainState",
-    "KernelInfo",
-    "LeapfrogState",
-    "SampledChain",
-    "chain_effective_sample_size",
-    "hmc_step",
-    "init_state",
-    "langevin_step",
-    "leapfrog",
-    "leapfrog_step",
-    "mala_step",
-    "metropolis_step",
-    "sample_chain",
-    "split_rhat",
-]
-
 LogDensity = Callable[[Tensor], Tensor]
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
