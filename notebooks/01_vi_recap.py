@@ -38,6 +38,8 @@ epochs: int = 3  # passes over the training images
 num_train: int = 20_000  # training images, the first of MNIST's 60,000
 num_eval: int = 16  # random test images whose gap is taken apart
 num_importance: int = 2000  # samples behind log p(x); ten times a local fit's steps
+num_chains: int = 1000  # Markov chains whose averages are compared with the truth
+num_updates: int = 200  # updates of the linear model in the comparison of schemes
 device: str = "cpu"  # where images are modelled: "cpu", "cuda", "cuda:1", "mps"
 
 # %%
@@ -50,6 +52,8 @@ checks.parameters(
     num_train=checks.integer(minimum=300, maximum=60_000),
     num_eval=checks.integer(minimum=3, maximum=100),
     num_importance=checks.integer(minimum=100),
+    num_chains=checks.integer(minimum=50),
+    num_updates=checks.integer(minimum=11),
     device=checks.device(),
 )
 
@@ -284,12 +288,12 @@ markdown_table(["gradient in", "exact", "posterior", "mean-field q"], rows, 3)
 # $$ (eq-vi-ess)
 #
 # independent ones. The answer depends on what is averaged, and Fisher's identity needs second moments as well as means.
-# Estimating $\rho_t$ from one short chain is unreliable, so we measure what the number *means*: 1,000 chains start from exact posterior draws, each spends 1,000 density evaluations, and its averages of $z$ and $z^2$ (standardised, along the narrow and the wide axis) are compared with the truth.
+# Estimating $\rho_t$ from one short chain is unreliable, so we measure what the number *means*: `num_chains` chains start from exact posterior draws, each spends 1,000 density evaluations, and its averages of $z$ and $z^2$ (standardised, along the narrow and the wide axis) are compared with the truth.
 # A mean of $m$ independent draws would have squared error $\operatorname{Var} / m$, so the chain is worth $\operatorname{Var}$ over its mean squared error.
 # Each evaluation comes with a gradient, except in random-walk Metropolis; HMC takes eight per trajectory.
 
 # %%
-def chain_averages(kernel, cost, budget=1000, num_chains=1000):
+def chain_averages(kernel, cost, budget=1000):
     """Averages of z and z^2 - 1 along the axes, standardised: ``[chains, 4]``."""
     start = posterior.sample((num_chains,))[:, 0]
     kernel = partial(kernel, logdensity_fn=log_target, generator=generator)
@@ -304,7 +308,7 @@ def worth(averages):
     exact = (1, 1, 2, 2)  # variances of z and z^2 under the posterior
     draws = [v / e.mean for v, e in zip(exact, errors, strict=True)]
     spread = [m * e.se / e.mean for m, e in zip(draws, errors, strict=True)]
-    return list(map(results.Estimate, draws, spread, [1000] * 4))
+    return list(map(results.Estimate, draws, spread, [num_chains] * 4))
 
 
 # %%
@@ -328,7 +332,7 @@ for name, average in averages.items():  # the variance along each axis
 header = ["draws per 1,000 evaluations", "$z$, narrow", "wide", "$z^2$, narrow"]
 markdown_table([*header, "wide"], rows, 0)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-chains", "caption": "Four chains on the posterior of {numref}`fig-vi-model`, each after the same 120 density evaluations, from the ring. The contours are exact."}, "image": {"alt": "Four panels with a thin tilted ellipse. Metropolis and the two Langevin chains creep along it in small steps; the Hamiltonian chain jumps from end to end."}}
+# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-chains", "caption": "Four chains on the posterior of {numref}`fig-vi-model`, each after the same 120 density evaluations, from the ring. The contours are exact."}, "image": {"alt": "Four panels with a thin tilted ellipse. Metropolis and the two Langevin chains move in many small steps, the Hamiltonian chain in a few long ones."}}
 figure, panels = plt.subplots(1, 4, figsize=(7.2, 2.3), sharex=True, sharey=True)
 pink, corner = plotting.COLOURS["samples"], torch.tensor([[-2.0, -1.0]])
 for panel, (name, (kernel, cost)) in zip(panels, kernels.items(), strict=True):
@@ -426,15 +430,15 @@ traces = {}
 for name, (step_size, start, thin) in settings.items():
     options = {"logdensity_fn": two_modes, "generator": generator}
     kernel = partial(mcmc.metropolis_step, step_size=step_size, **options)
-    trace = mcmc.sample_chain(kernel, start, 300, burn_in=50, thin=thin).samples
+    trace = mcmc.sample_chain(kernel, start, 200, burn_in=50, thin=thin).samples
     traces[name], right = trace, (trace > 0).double().mean()
     rhat = mcmc.split_rhat(trace).item()
     print(f"{name}: R-hat {rhat:.1f}, share right of zero {right:.1f}")
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-rhat", "caption": "Metastability. Traces of four chains on a posterior with two modes, of weights 0.3 and 0.7. Left: all chains start near $-4$, stay, and agree with one another. Middle: from dispersed starts two stay on each side. Right: wide steps cross, and the share of time on each side becomes the weight of the mode. Grey: the exact density."}, "image": {"alt": "Three panels of traces against the exact bimodal density drawn in grey at the side. Left, all traces lie on the lower mode; middle, two lie on the lower and two on the upper mode; right, traces jump between both."}}
-def draw_boxes(ax, texts, places, dashed=()):
+def draw_boxes(ax, texts, places, dashed=(), shrink=12):
     """Boxes with an arrow from each to the next, for the diagrams below."""
-    arrow = {"arrowstyle": "-|>", "color": "grey", "shrinkA": 12, "shrinkB": 12}
+    arrow = {"arrowstyle": "-|>", "color": "grey", "shrinkA": shrink, "shrinkB": shrink}
     for i, (text, place) in enumerate(zip(texts, places, strict=True)):
         box = {"boxstyle": "round", "fc": "none", "ec": plotting.GREY}
         box["ls"] = "--" if i in dashed else "-"
@@ -451,7 +455,7 @@ for panel, (name, trace) in zip(panels, traces.items(), strict=True):
     panel.plot(trace[..., 0], lw=0.5)
     rhat = mcmc.split_rhat(trace).item()
     panel.set_title(f"{name}\n$\\hat R$ = {rhat:.2f}", fontsize=9)
-    panel.set(xlabel="kept state", xticks=[0, 150, 300])
+    panel.set(xlabel="kept state", xticks=[0, 100, 200])
 panels[0].set_ylabel("$z$")
 plt.show()
 
@@ -604,10 +608,10 @@ width = path.stddev[:, 0]
 print(f"gap {best_gap:.2f} nats; width {width[0]:.1f}, then {width.min():.2f}")
 print(f"at the end {width[-1]:.1f}; exact marginal {covariance[0, 0].sqrt():.2f}")
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-tightening", "caption": "Climbing the bound. Left, in the latent plane: $q$ (orange) and the exact posterior (green). The width of $q$ collapses at once, to less than its final value, because off the ridge any width is punished; the mean then slides onto the ridge and along it; at the ridge $q$ widens again. The optimum covers only the middle of the posterior: minimising $\\operatorname{KL}(q \\,\\|\\, p)$ is mode-seeking and zero-forcing. Right, the two sides of {eq}`eq-vi-gap`: the line is the exact $\\log p_\\theta(x)$, the shaded band below it the divergence in closed form, the points the bound estimated from samples; they follow the lower edge of the band, and a gap remains at the end, because no member of the family is tilted."}, "image": {"alt": "Animation. Left, a large orange circle above a thin green tilted ellipse contracts to a small one within a few frames, moves onto the ellipse and to its centre, and grows a little. Right, points rise along the lower edge of a shaded band and level off about one nat below a horizontal line."}}
+# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-tightening", "caption": "Climbing the bound. Left, in the latent plane: $q$ (orange) and the exact posterior (green). Within the first frames the width of $q$ collapses to less than its final value, because off the ridge any width is punished; the mean then slides onto the ridge and along it; at the ridge $q$ widens again. The optimum covers only the middle of the posterior: minimising $\\operatorname{KL}(q \\,\\|\\, p)$ is mode-seeking and zero-forcing. Right, the two sides of {eq}`eq-vi-gap`: the line is the exact $\\log p_\\theta(x)$, the shaded band below it the divergence in closed form, the points the bound estimated from samples; they follow the lower edge of the band, and a gap remains at the end, because no member of the family is tilted."}, "image": {"alt": "Animation. Left, a large orange circle above a thin green tilted ellipse contracts to a small one within two frames, moves onto the ellipse and to its centre, and grows a little. Right, points rise along the lower edge of a shaded band and level off about one nat below a horizontal line."}}
 def draw(figure, frame):
     plane, curve = figure.subplots(1, 2, width_ratios=(1.2, 1))
-    now, top = 10 * frame, log_evidence.item()
+    now, top = 15 * frame, log_evidence.item()
     q = Independent(Normal(path.mean[now], path.stddev[now]), 1)
     plotting.show_density(log_target, square, ax=plane)
     orange, blue = plotting.COLOURS["approximation"], plotting.COLOURS["bound"]
@@ -623,7 +627,7 @@ def draw(figure, frame):
 
 
 about = "A circle contracts, slides onto a thin tilted ellipse and widens a little."
-plotting.animate(draw, 16, size=(6.0, 3.0), fps=4, dpi=110, alt=about)
+plotting.animate(draw, 11, size=(6.0, 3.0), fps=3, dpi=110, alt=about)
 
 # %% [markdown]
 # ## Three ways to climb
@@ -648,7 +652,7 @@ rows = {
 }
 figure, panels = plt.subplots(1, 6, figsize=(8.8, 2.9))
 places, pink = [(0.5, 0.95), (0.5, 0.65), (0.5, 0.35)], plotting.COLOURS["samples"]
-bend = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.8", "color": pink}
+bend = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.5", "color": pink}
 for ax, name in zip(panels, rows, strict=True):
     *boxes, stored, new, source = rows[name]
     draw_boxes(ax, boxes, places, [] if name == "MCMC per datum" else [0])
@@ -709,7 +713,7 @@ def oracle_scheme(model, num_data):
 # %% [markdown]
 # The data come from a linear model, so the goal is known: the maximum of the likelihood is found by an eigendecomposition {cite:p}`tipping1999ppca`, and no curve may pass it. All schemes use the same optimiser and minibatches of 40; a counter around the decoder counts every evaluation, each of which is followed by one gradient.
 #
-# Two comparisons are fair, each in its way. With *equal updates* of $\theta$ each scheme makes 200 steps, whatever they cost. With *equal gradients* each may spend as many as the oracle does in 200 steps, and a scheme that spends 11 on each visit of a datum makes an eleventh of the updates. To see what the second comparison measures, the oracle also enters it billed like the dearest scheme.
+# Two comparisons are fair, each in its way. With *equal updates* of $\theta$ each scheme makes `num_updates` steps, 200 by default, whatever they cost. With *equal gradients* each may spend as many as the oracle does in these steps, and a scheme that spends 11 on each visit of a datum makes an eleventh of the updates. To see what the second comparison measures, the oracle also enters it billed like the dearest scheme.
 
 # %%
 truth = LinearGaussian(torch.randn(8, 2), torch.randn(8), noise_scale=1.0)
@@ -746,9 +750,9 @@ schemes = {  # scheme, its settings, gradients for each visit of a datum
     "oracle": (oracle_scheme, {}, 1),
     "oracle, billed 11": (oracle_scheme, {}, 11),
 }
-num_updates, equal_updates, equal_gradients = 200, {}, {}
+equal_updates, equal_gradients = {}, {}
 for name, (scheme, options, price) in schemes.items():
-    with numerics.argument_validation(False):  # checks would cost as much as the model
+    with numerics.argument_validation(False):  # faster
         runs = [learn(scheme, num_updates // price, **options) for _ in range(3)]
         equal_gradients[name] = equal_updates[name] = runs
         if price > 1 and name != "oracle, billed 11":
@@ -937,7 +941,7 @@ upper = ["784 pixels", *upper, "32 means\nand scales"]
 lower = ["32 latents", *lower, "784 logits"]
 figure, ax = plt.subplots(figsize=(8.0, 1.9))
 for y, texts, name in ((1, upper, "encoder"), (0, lower, "decoder")):
-    draw_boxes(ax, texts, [(i, y) for i in range(len(texts))])
+    draw_boxes(ax, texts, [(i, y) for i in range(len(texts))], shrink=32)
     ax.text(-0.7, y, name, ha="right", va="center")
 ax.set(xlim=(-1.4, 5.6), ylim=(-0.5, 1.5))
 ax.axis("off")
