@@ -95,7 +95,7 @@ def fit(runs: list[Timed]) -> dict[str, float] | None:
     """Seconds for one unit of each kind of work; ``None`` where there are too few runs."""
     rows, seconds = [], []
     for run in runs:
-        if "imputation" in run.seconds:
+        if "annealing" not in run.seconds:
             continue
         for stage, work in work_of(run.experiment.config).items():
             rows.append([work.get(kind, 0.0) for kind in WORK])
@@ -127,7 +127,7 @@ def _print_rows(runs: list[Timed], per_unit: Mapping[str, dict | None]) -> None:
         groups[*run.experiment[:3], run.device].append(run)
     for (study, row, scale, device), members in groups.items():
         model, minutes = None, [run.total / 60 for run in members]
-        if per_unit[device] and "imputation" not in members[0].seconds:
+        if per_unit[device] and "annealing" in members[0].seconds:
             model = predicted(members[0].experiment.config, per_unit[device])
         shown = "–" if model is None else f"{model / 60:.1f}"
         print(
@@ -141,7 +141,7 @@ def _print_model(runs: list[Timed], per_unit: Mapping[str, float], device: str) 
     print("| unit of work | microseconds | share of all time |\n|:--|--:|--:|")
     done = defaultdict(float)
     for run in runs:
-        if "imputation" not in run.seconds:
+        if "annealing" in run.seconds:
             for work in work_of(run.experiment.config).values():
                 for kind, amount in work.items():
                     done[kind] += amount * per_unit.get(kind, 0.0)
