@@ -1155,11 +1155,11 @@ for x, b in zip(x_free[:, 0], bias, strict=True):
 # %% [markdown]
 # In the centre the covering Gaussian has both modes within one standard deviation, and the bias is small.
 # In the tail the smaller mode lies several standard deviations out: with ten particles the variance is underestimated by about an eighth at $x = 15$ and by a half at $x = 20$. A narrower $q$ undercovers that mode even more, so that the error feeds itself:
-# in the end no draw visits the smaller mode, the weights of the visited one are nearly equal, and the estimate is content.
+# in the end no draw visits the smaller mode, the weights of the visited one are nearly equal, and nothing in them shows that a mode is missing.
 # (Reweighted wake-sleep is adaptive importance sampling, and {cite:t}`finke2019iwae` study it as such.)
 #
 # So the covering solution should be lost in the tail and kept in the centre. To see whether that is what happens, we run wake-$\phi$ on two encoders that start from moment matching:
-# one with *free* parameters for each of the six observations, and one *shared* network, the pq encoder `cover`, on $x$ from the model. Both take the same steps.
+# one with *free* parameters for each of the six observations, and one *shared* network, the pq encoder `cover`, on $x$ from the model. Both take the same steps and see nearly the same number of observations in each, 33 copies of the six or a fifth of `batch_size`.
 
 
 # %%
@@ -1496,7 +1496,7 @@ checks.ordered(size, 0.2, label="ESS below a fifth of the draws")
 #
 # ```{exercise} A wake-sleep that learns the wrong scale
 # :label: ex-pq-planted
-# *Diagnose.* A colleague has written the wake-phi loss from memory. It runs, the loss falls, and the encoder of example 1 ends with the right mean and a wrong scale:
+# *Diagnose.* A colleague has written the wake-phi loss from memory. It runs, training settles, and at every $x$ the encoder of example 1 ends with the right mean and a scale that is too large:
 #
 # ~~~python
 # def suspicious_wake(model, q, x, num_samples):
