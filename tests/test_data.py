@@ -244,7 +244,7 @@ def test_binarise_takes_levels_and_keeps_a_floating_dtype():
 
 
 def test_binarise_refuses_what_is_no_grey_value():
-    with pytest.raises(ValueError, match=r"values from 0 to 255; grey values lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"values from 0 to 255, not in \[0, 1\]"):
         data.binarise(torch.tensor([0.0, 255.0]))
     with pytest.raises(ValueError, match="nan"):
         data.binarise(torch.tensor([0.5, float("nan")]))

@@ -388,7 +388,7 @@ def test_a_block_of_another_number_of_images_is_refused(tmp_path):
     run = partial(importance_sampling_ll, model, mean_field(model), num_samples=3)
     run(x, work=Work(tmp_path))
     assert_same(run(x[:100], work=Work(tmp_path)), run(x[:100]))
-    with pytest.raises(ValueError, match=r"work-001.stage is not of images 100 to 119, .* remove"):
+    with pytest.raises(ValueError, match=r"work-001.stage is not of images 100 to 119; remove"):
         run(x[:120], work=Work(tmp_path))
 
 
@@ -418,7 +418,7 @@ def test_observations_must_fit_the_model():
             importance_sampling_ll(model, model.posterior, bad)
         with pytest.raises(ValueError, match=r"images must be \[N, 3\]"):
             fit_gaussian_proposal(model, bad)
-    with pytest.raises(ValueError, match=r"zeros and ones; got values from 0 to 0\.5"):
+    with pytest.raises(ValueError, match=r"zeros and ones, not 0 to 0\.5"):
         hais_ll(ConvBernoulli(2), torch.tensor([0.0, 0.5]).expand(1, 2).repeat(3, 392))
     with pytest.raises(ValueError, match="x is on meta and the model on cpu"):
         hais_ll(model, x.to("meta"))

@@ -186,7 +186,7 @@ def test_the_tree_before_takes_the_place_of_a_damaged_one(tmp_path):
 
 def test_a_folder_is_held_by_one_until_it_ends_however(tmp_path):
     with lock(tmp_path / "run"):
-        with pytest.raises(LockedError, match=rf"at work in {tmp_path}/run; wait for it to end"):
+        with pytest.raises(LockedError, match=rf"at work in {tmp_path}/run; wait or stop it"):
             lock(tmp_path / "run").__enter__()
         with lock(tmp_path / "other"):
             pass

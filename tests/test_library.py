@@ -124,7 +124,7 @@ def test_a_new_study_is_options_a_function_and_a_block(tmp_path, monkeypatch):
     class File(Strict):
         studies: dict[Name, Study]
 
-    monkeypatch.setattr(studies, "File", File)
+    monkeypatch.setattr(studies, "_File", File)
     root = Root(tmp_path)
     sizes = {name: OPTIONS[name] for name in studies.TrainingOptions.model_fields}
     block = yaml.safe_load(BLOCK.format(sizes=sizes))

@@ -182,7 +182,7 @@ def test_paired_difference_sees_what_separate_errors_hide():
             [[0.0, -math.inf, math.nan]],
             "2 values of 3 that are not finite, the first at position 1",
         ),
-        ([[0.0] * 100, [0.0] * 200], "a has 100 images and b has 200; cut both"),
+        ([[0.0] * 100, [0.0] * 200], "a has 100 images and b has 200; pair the same"),
         ([[0.0, math.nan], [0.0, 0.0]], "a holds 1 values"),
     ],
 )

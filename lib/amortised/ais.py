@@ -18,8 +18,6 @@ K x B chains move in one batch. Weights are accumulated in float64 and are never
 repaired: a weight of ``-inf`` counts as zero in the mean, a ``nan`` is an error.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial
@@ -29,16 +27,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from .mcmc import (
-    LeapfrogState,
-    LogDensity,
-    ValueAndGrad,
-    leapfrog_step,
-    metropolis_test,
-    negative_energy,
-    normal_like,
-    select,
-)
+from . import mcmc
+from .mcmc import LogDensity, ValueAndGrad
 from .numerics import check_counts, effective_sample_size, log_mean_exp, value_and_grad
 
 _TEMPERATURES_BETWEEN_CHECKS = 50  # looking for a nan makes an accelerator wait for its results
@@ -244,9 +234,8 @@ def path_from(start: Distribution, path: AnnealedPath) -> AnnealedPath:
         value = point.log_likelihood + point.log_prior - r
         return value, point.likelihood_grad + point.prior_grad - r_grad
 
-    return AnnealedPath(
-        start.log_prob, log_ratio_fn, start_and_grad, ratio_and_grad, path.exact_energies
-    )
+    terms = start.log_prob, log_ratio_fn, start_and_grad, ratio_and_grad
+    return AnnealedPath(*terms, path.exact_energies)
 
 
 # --- annealing -----------------------------------------------------------------------------------
@@ -546,7 +535,7 @@ def _transition(
     Returns the chains, the proposals, and the mean acceptance probability of each image, ``[B]``.
     """
     point, momentum = chains
-    a, noise = settings.persistence, normal_like(point.z, generator)
+    a, noise = settings.persistence, mcmc.normal_like(point.z, generator)
     momentum = noise if momentum is None else a * momentum + math.sqrt(1.0 - a * a) * noise
 
     def point_and_force(z: Tensor) -> tuple[_Point, Tensor]:
@@ -554,17 +543,17 @@ def _transition(
         return point, point.force(beta)
 
     # The integrator carries the whole point where others have it carry the log-density.
-    end = LeapfrogState(point.z, momentum, point, point.force(beta))
+    end = mcmc.LeapfrogState(point.z, momentum, point, point.force(beta))
     for _ in range(settings.num_leapfrog):
-        end = leapfrog_step(end, point_and_force, step_size)
+        end = mcmc.leapfrog_step(end, point_and_force, step_size)
     proposal = _with_exact_energy(path, end.logdensity)
 
-    before = negative_energy(point.logdensity(beta), momentum)
-    after = negative_energy(proposal.logdensity(beta), end.momentum)
-    info = metropolis_test(after - before, generator)
+    before = mcmc.negative_energy(point.logdensity(beta), momentum)
+    after = mcmc.negative_energy(proposal.logdensity(beta), end.momentum)
+    info = mcmc.metropolis_test(after - before, generator)
     accepted = info.is_accepted
-    momentum = select(accepted, end.momentum, -momentum) if a > 0 else None
-    point = _Point(*map(partial(select, accepted), proposal, point))
+    momentum = mcmc.select(accepted, end.momentum, -momentum) if a > 0 else None
+    point = _Point(*map(partial(mcmc.select, accepted), proposal, point))
     return _Chains(point, momentum), proposal, info.acceptance_probability.mean(0)
 
 
@@ -608,10 +597,9 @@ def _anneal(
         if on_temperature is not None:
             on_temperature(t)
     _raise_where(invalid, betas)
+    records = acceptance_rate, ess, mean_log_likelihood
     num_gradients = 1 + len(temperatures) * settings.num_leapfrog
-    return AISResult(
-        log_weights, chains.point.z, acceptance_rate, ess, mean_log_likelihood, num_gradients
-    )
+    return AISResult(log_weights, chains.point.z, *records, num_gradients)
 
 
 def _invalid(point: _Point) -> Tensor:
@@ -639,8 +627,7 @@ def _checked(settings: AISSettings, z0: Tensor) -> AISSettings:
     schedule, step_size, num_leapfrog, persistence = AISSettings(*settings)
     if z0.ndim != 3 or 0 in z0.shape or not z0.is_floating_point():
         raise ValueError(
-            "positions must be chains x images x latents, [K, B, D], of a floating-point type; "
-            f"got shape {tuple(z0.shape)} and type {z0.dtype}"
+            f"positions must be [K, B, D], floating-point; got {tuple(z0.shape)} of {z0.dtype}"
         )
     betas = torch.as_tensor(schedule, dtype=torch.float64)
     if betas.ndim != 1 or len(betas) < 2:
@@ -648,9 +635,8 @@ def _checked(settings: AISSettings, z0: Tensor) -> AISSettings:
     increments = betas.diff()
     if betas[0] != 0 or betas[-1] != 1 or not (increments > 0).all():
         raise ValueError(
-            "schedule must increase strictly from 0 to 1; got "
-            f"{betas[0].item():.6g} ... {betas[-1].item():.6g}, smallest increment "
-            f"{increments.min().item():.3g}"
+            f"schedule must increase strictly from 0 to 1; got {betas[0]:.6g} ... {betas[-1]:.6g}, "
+            f"smallest increment {increments.min():.3g}"
         )
     check_counts(num_leapfrog=num_leapfrog)
     if not 0 <= persistence < 1:
@@ -662,8 +648,7 @@ def _checked(settings: AISSettings, z0: Tensor) -> AISSettings:
     )
     if not fits:
         raise ValueError(
-            f"step_size must be a number or broadcast to [T, 1, B, 1] = {shape}; "
-            f"got shape {tuple(steps.shape)}"
+            f"step_size must broadcast to [T, 1, B, 1] = {shape}; got shape {tuple(steps.shape)}"
         )
     if not (torch.isfinite(steps) & (steps > 0)).all():
         raise ValueError(f"step_size must be positive and finite; got {step_size}")

@@ -7,8 +7,6 @@ starts with a tick, or raise an ``AssertionError`` that says by how much the ans
 the exercise gives one, a hint.
 """
 
-from __future__ import annotations
-
 import ast
 import difflib
 import math
@@ -250,11 +248,8 @@ def within_error(
         _fail(f"the standard error of {label} is {standard_error:.6g}, it must be positive", hint)
     distance = abs(estimate - truth) / standard_error
     if not distance <= num_standard_errors:
-        _fail(
-            f"{label} is {estimate:.6g}, {distance:.1f} standard errors from {truth:.6g} "
-            f"(at most {num_standard_errors:g} allowed)",
-            hint,
-        )
+        found = f"{label} is {estimate:.6g}, {distance:.1f} standard errors from {truth:.6g}"
+        _fail(f"{found} (at most {num_standard_errors:g} allowed)", hint)
     print(f"✓ {label} is within {num_standard_errors:g} standard errors of the truth")
 
 

@@ -1,7 +1,5 @@
 r"""Encoders: amortised approximations :math:`q_\phi(z \mid x)` of the posterior."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 
@@ -256,8 +254,7 @@ class ImplicitEncoder(nn.Module):
             raise ValueError(f"noise must be 'gaussian' or 'bernoulli'; got {noise!r}")
         if noise == "bernoulli" and noise_dim is not None:
             raise ValueError(
-                f"Bernoulli noise has one value for each of the {num_features} features; leave out "
-                f"noise_dim={noise_dim}"
+                f"leave out noise_dim={noise_dim}: Bernoulli noise has one value for each feature"
             )
         self.latent_dim, self.noise = latent_dim, noise
         self.noise_dim = num_features if noise == "bernoulli" else (noise_dim or latent_dim)

@@ -12,8 +12,6 @@ number, and a run with more images repeats the full blocks of a run with fewer. 
 twice; the folder is for one evaluation, with one model and one choice of settings.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib
@@ -21,7 +19,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,8 +35,8 @@ from .fast import LogLikelihoodAndGrad, log_likelihood_and_grad
 from .files import Work
 from .mcmc import ValueAndGrad
 from .models import LatentVariableModel
-from .numerics import check_counts, effective_sample_size, log_mean_exp
-from .objectives import elbo
+from .numerics import check_counts, effective_sample_size, log_mean_exp, seeded
+from .objectives import check_proposal, elbo
 from .training import fit, gradient_step, half_cosine
 
 BLOCK_SIZE = 100  # images that share a random stream, hence also what is kept or lost as one
@@ -362,16 +360,10 @@ def fit_gaussian_proposal(
             x = data.binarise(batch) if isinstance(model, models.BernoulliDecoder) else batch
             return -elbo(frozen, encoder(x), x, analytic_kl=True)
 
-        fit(
-            gradient_step(loss_fn, optimizer),
-            images,
-            {"encoder": encoder, "optimizer": optimizer},
-            epochs=epochs,
-            batch_size=batch_size,
-            seed=block.seed_of("batches"),
-            schedule=half_cosine,
-            work=work,
-        )
+        step = gradient_step(loss_fn, optimizer)
+        state = {"encoder": encoder, "optimizer": optimizer}
+        passes = {"epochs": epochs, "batch_size": batch_size, "seed": block.seed_of("batches")}
+        fit(step, images, state, schedule=half_cosine, work=work, **passes)
     return encoder
 
 
@@ -393,12 +385,9 @@ class _Block(NamedTuple):
     def generator(self, purpose: str) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.seed_of(purpose))
 
-    @contextlib.contextmanager
-    def seeding_all(self, purpose: str) -> Iterator[None]:
+    def seeding_all(self, purpose: str) -> contextlib.AbstractContextManager[None]:
         """Seed PyTorch's global streams for a while, and put them back."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.seed_of(purpose))
-            yield
+        return seeded(self.seed_of(purpose), self.device)
 
 
 def _prepare(
@@ -439,11 +428,7 @@ def _prepare(
 def _one_for_each(x: Tensor, proposal: Proposal) -> Distribution:
     """The proposal at x, checked to give one distribution for each observation."""
     q = proposal(x)
-    if q.batch_shape != x.shape[:1]:
-        raise ValueError(
-            f"a proposal must give one distribution per observation; got {len(x)} observations "
-            f"and batch shape {tuple(q.batch_shape)}"
-        )
+    check_proposal(q, x)
     return q
 
 
@@ -476,10 +461,7 @@ def _by_block(
             if stop < num_images:
                 work.check_time(f"{stop} of {num_images} images are done")
         if len(values["ess"]) != stop - first:
-            raise ValueError(
-                f"{work.path(part)} is not of images {first} to {stop - 1}, so of another "
-                "evaluation; remove it or use another folder"
-            )
+            raise ValueError(f"{work.path(part)} is not of images {first} to {stop - 1}; remove it")
         parts.append(values)
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return values | {"seconds": values["seconds"].sum().item()}
@@ -492,9 +474,8 @@ def _annealing(choices: Mapping[str, object]) -> Annealing:
     """The settings of the chains, checked, with the default number of pilot chains filled in."""
     unknown = [name for name in choices if name not in Annealing._fields]
     if unknown:
-        raise TypeError(
-            f"no setting is called {', '.join(unknown)}; choose from {', '.join(Annealing._fields)}"
-        )
+        known = ", ".join(Annealing._fields)
+        raise TypeError(f"no setting is called {', '.join(unknown)}; choose from {known}")
     annealing = Annealing(**choices)
     check_counts(num_chains=annealing.num_chains)
     if annealing.pilot_chains is None:
@@ -507,14 +488,13 @@ def _check_images(model: LatentVariableModel, x: Tensor, name: str, binary: bool
     device, observation_dim = next(model.parameters()).device, model.observation_dim
     if x.ndim != 2 or x.shape[1] != observation_dim or not len(x):
         raise ValueError(
-            f"{name} must be [N, {observation_dim}] with N of at least 1; got {tuple(x.shape)}"
+            f"{name} must be [N, {observation_dim}], N at least 1; got {tuple(x.shape)}"
         )
     if x.device != device:
         raise ValueError(f"{name} is on {x.device} and the model on {device}; move one of them")
     if binary and not ((x == 0) | (x == 1)).all():
         raise ValueError(
-            f"{name} must hold zeros and ones; got values from {x.min().item():g} to "
-            f"{x.max().item():g}. Binarise it: data.load_mnist_binary, data.binarise"
+            f"{name} must hold zeros and ones, not {x.min():g} to {x.max():g}; see data.binarise"
         )
 
 

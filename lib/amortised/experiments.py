@@ -23,8 +23,6 @@ With ``--root FOLDER`` the folders ``data`` and ``runs`` lie below that one, and
 studies are those of another file.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

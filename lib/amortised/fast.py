@@ -164,8 +164,7 @@ class LogLikelihoodAndGrad:
         observation_dim = self._model.observation_dim
         if x.ndim != 2 or x.shape[1] != observation_dim or len(x) == 0:
             raise ValueError(
-                f"x must be [B, P] with P = {observation_dim} and B at least 1; "
-                f"got shape {tuple(x.shape)}"
+                f"x must be [B, P] with P = {observation_dim}, B at least 1; got {tuple(x.shape)}"
             )
         if not _is_bernoulli(self._model):
             self._data = x.to(self._like, copy=True)
@@ -231,18 +230,13 @@ class LogLikelihoodAndGrad:
         latent_dim, num_images, like = self._model.latent_dim, len(self._data), self._like
         if z.shape[-1:] != (latent_dim,) or (num_images > 1 and z.shape[-2:-1] != (num_images,)):
             raise ValueError(
-                f"z must be [..., B, D] with B = {num_images} and D = {latent_dim}; "
-                f"got shape {tuple(z.shape)}"
+                f"z must be [..., B = {num_images}, D = {latent_dim}]; got shape {tuple(z.shape)}"
             )
         if z.dtype != like.dtype or z.device != like.device:
-            raise ValueError(
-                f"z must be {like.dtype} on {like.device}, like the model's weights; "
-                f"got {z.dtype} on {z.device}"
-            )
+            weights, found = f"{like.dtype} on {like.device}", f"{z.dtype} on {z.device}"
+            raise ValueError(f"z must be {weights}, like the model's weights; got {found}")
         if self._versions != self._weight_versions():
-            raise RuntimeError(
-                "the model's weights changed since this callable packed them; call its refresh()"
-            )
+            raise RuntimeError("the weights changed since they were packed; call refresh()")
         flat = z.detach().reshape(-1, latent_dim)
         num_chunks = math.ceil(len(flat) / self.chunk_size)
         num_chunks = min(num_chunks, max(1, len(flat) // _FEWEST_ROWS))
@@ -368,9 +362,7 @@ class _Blocks:
         module = layer.module
         square = all(a == b for a, b in (module.kernel_size, module.stride, module.padding))
         if not square or module.groups != 1 or module.dilation != (1, 1):
-            raise ValueError(
-                f"this route needs square kernels, one group and no dilation; got {module}"
-            )
+            raise ValueError(f"this route needs square kernels, one group, no dilation: {module}")
         self.module, self.relu = module, layer.relu
         self.in_shape, self.out_shape = layer.in_shape, layer.out_shape
         channels, *sides = layer.out_shape
@@ -470,9 +462,7 @@ def _choose(model: LatentVariableModel, route: str) -> tuple[str, list[_Stage], 
 
 def _layers(model: LatentVariableModel) -> list[_Layer]:
     if not _is_bernoulli(model):
-        raise ValueError(
-            f"only a BernoulliDecoder has routes other than 'eager'; got {type(model).__name__}"
-        )
+        raise ValueError(f"{type(model).__name__} is no BernoulliDecoder; only 'eager' covers it")
     layers: list[_Layer] = []
     shape: tuple[int, ...] = (model.latent_dim,)
     for module in _flatten(model.decoder):
@@ -489,9 +479,7 @@ def _layers(model: LatentVariableModel) -> list[_Layer]:
             shape = tuple(module(module.weight.new_zeros(1, *shape)).shape[1:])
             layers.append(_Layer(module, in_shape, shape, relu=False))
         else:
-            raise ValueError(
-                f"only the 'eager' route covers a decoder with {module} at shape {shape}"
-            )
+            raise ValueError(f"only the 'eager' route covers a decoder with {module}, {shape}")
     return layers
 
 
@@ -543,9 +531,7 @@ def _rewritten(model: LatentVariableModel) -> tuple[list[_Stage], Tensor]:
             stages.append(_Blocks(layer, is_last=following is None))
             order = stages[-1].order
         else:
-            raise ValueError(
-                f"this route needs a linear layer before the reshape to {layer.in_shape}"
-            )
+            raise ValueError(f"this route needs a linear layer before an image {layer.in_shape}")
     return stages, order
 
 

@@ -160,9 +160,7 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
     try:
         held.acquire(blocking=False)
     except Timeout:
-        raise LockedError(
-            f"another process is at work in {folder}; wait for it to end or stop it"
-        ) from None
+        raise LockedError(f"another process is at work in {folder}; wait or stop it") from None
     try:
         yield
     finally:

@@ -9,8 +9,6 @@ Random numbers come from the global stream, except those of chains and masks, wh
 generator.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import NamedTuple
 
@@ -24,8 +22,8 @@ from .mcmc import hmc_step, sample_chain
 from .models import LatentVariableModel
 from .numerics import check_counts, effective_sample_size
 
+#: Masks of :func:`missing_mask`.
 MASKS = ("lower_half", "left_half", "random", "square")
-"""Masks of :func:`missing_mask`."""
 
 
 def missing_mask(
@@ -175,8 +173,7 @@ def label_entropy(labels: Tensor, num_classes: int = 10) -> Tensor:
     """
     if labels.ndim != 2 or len(labels) == 0 or labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
-            f"labels must be [K, B] with values from 0 to {num_classes - 1}; got shape "
-            f"{tuple(labels.shape)}"
+            f"labels must be [K, B], from 0 to {num_classes - 1}; got shape {tuple(labels.shape)}"
         )
     frequency = torch.nn.functional.one_hot(labels.long(), num_classes).double().mean(0)
     return -(frequency * (frequency + 1e-7).log()).sum(-1).to(torch.get_default_dtype())
@@ -221,8 +218,7 @@ def observed_log_likelihood(
     likelihood = model.likelihood(z)
     if not isinstance(likelihood, Independent) or likelihood.reinterpreted_batch_ndims != 1:
         raise TypeError(
-            "the likelihood must be an Independent distribution of single pixels; got "
-            f"{type(likelihood).__name__}"
+            f"the likelihood must be Independent over pixels; got {type(likelihood).__name__}"
         )
     return (likelihood.base_dist.log_prob(x) * ~mask).sum(-1)
 
@@ -279,20 +275,14 @@ def conditional_samples(
     def logdensity_fn(z: Tensor) -> Tensor:
         return log_prior_fn(z) + log_likelihood_fn(z)
 
-    kernel = partial(
-        hmc_step,
-        logdensity_fn=logdensity_fn,
-        step_size=settings.step_size,
-        num_steps=settings.num_leapfrog,
-        generator=generator,
-    )
+    moves = {"step_size": settings.step_size, "num_steps": settings.num_leapfrog}
+    kernel = partial(hmc_step, logdensity_fn=logdensity_fn, generator=generator, **moves)
     chain = sample_chain(kernel, z, 1, thin=num_steps)
     z = chain.samples[-1]
     with torch.no_grad():
         completed = torch.where(mask, model.likelihood(z).sample(), x)
-    return ConditionalSamples(
-        completed, z, effective_sample_size(annealed.log_weights), chain.acceptance_rate
-    )
+    ess = effective_sample_size(annealed.log_weights)
+    return ConditionalSamples(completed, z, ess, chain.acceptance_rate)
 
 
 def _check_mask(x: Tensor, mask: Tensor) -> None:

@@ -11,8 +11,6 @@ Sources: Li, Turner and Liu (2017) for the rows of amortised MCMC and for imputa
 and Salakhutdinov (2016) and Tucker et al. (2019) for those of importance-weighted auto-encoders.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,16 +27,17 @@ from .ais import AISSettings, sigmoid_schedule
 from .encoders import GaussianEncoder
 from .fast import RefreshedLikelihood, log_likelihood_and_grad
 from .files import Work
+from .numerics import seeded
 from .objectives import dreg_surrogate, iwae_bound
 
 LATENT_DIM = 32
+#: How to build the decoder, and each encoder that a row can name.
 ARCHITECTURES = {
     "decoder": {"class": "ConvBernoulli", "latent_dim": LATENT_DIM},
     "gaussian": {"class": "GaussianEncoder", "latent_dim": LATENT_DIM},
     "cnn_g": {"class": "ImplicitEncoder", "latent_dim": LATENT_DIM, "noise": "gaussian"},
     "cnn_b": {"class": "ImplicitEncoder", "latent_dim": LATENT_DIM, "noise": "bernoulli"},
 }
-"""How to build the decoder, and each encoder that a row can name."""
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -203,16 +202,10 @@ def _amc_step(
     kernel = KERNELS[config["kernel"]]
     if config["kernel"] == "hmc":
         kernel = partial(kernel, num_steps=config["num_leapfrog_steps"])
-    teacher = partial(
-        amc.teacher_samples,
-        decoder,
-        num_steps=config["num_steps"],
-        step_size=config["step_size"],
-        kernel=kernel,
-    )
+    chain = {"num_steps": config["num_steps"], "step_size": config["step_size"], "kernel": kernel}
     if not plain:
-        dtype = DTYPES[config["chain_dtype"]]
-        teacher.keywords["route"] = RefreshedLikelihood(decoder, dtype=dtype)
+        chain["route"] = RefreshedLikelihood(decoder, dtype=DTYPES[config["chain_dtype"]])
+    teacher = partial(amc.teacher_samples, decoder, **chain)
     trained = (decoder, encoder, optimizers)
     samples = {"num_samples": config["num_student_samples"]}
     if config["method"] == "vae":
@@ -274,17 +267,12 @@ def evaluate_decoder(run: Run) -> Outcome:
     decoder = _on_device(run.network("decoder"), run.device)
     encoder = run.network("encoder")
     x = data.load_mnist_binary("test").images[: config["images"]].to(run.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed, run.device):
         proposal = _network("gaussian", run.device)
+    train = data.load_mnist("train").images[: config["training_images"]].to(run.device)
+    passes = {"epochs": config["proposal_epochs"], "batch_size": config["batch_size"], "seed": seed}
     evaluation.fit_gaussian_proposal(
-        decoder,
-        data.load_mnist("train").images[: config["training_images"]].to(run.device),
-        epochs=config["proposal_epochs"],
-        batch_size=config["batch_size"],
-        seed=seed,
-        encoder=proposal,
-        work=work.stage("proposal"),
+        decoder, train, encoder=proposal, work=work.stage("proposal"), **passes
     )
     sampling = partial(
         evaluation.importance_sampling_ll, decoder, num_samples=config["num_samples"], seed=seed
@@ -301,21 +289,17 @@ def evaluate_decoder(run: Run) -> Outcome:
     annealed = evaluation.hais_ll(decoder, x, **annealing, work=work.stage("annealing"))
     pairs = config["simulated_pairs"]
     bounds = evaluation.bdmc_ll(decoder, pairs, **annealing, work=work.stage("bounds"))
-    per_image = {
-        "is_ll": own.log_likelihood,
-        "is_ess": own.ess,
-        "posthoc_is_ll": fitted.log_likelihood,
-        "posthoc_is_ess": fitted.ess,
-        "ais_ll": annealed.log_likelihood,
-        "ais_ess": annealed.ess,
+    seconds |= {"annealing": annealed.seconds, "bounds": bounds.seconds}
+    per_image = {}
+    for name, estimate in (("is", own), ("posthoc_is", fitted), ("ais", annealed)):
+        per_image |= {f"{name}_ll": estimate.log_likelihood, f"{name}_ess": estimate.ess}
+    per_image |= {
         "ais_acceptance_rate": annealed.acceptance_rate,
         "simulated_lower_bound": bounds.lower,
         "simulated_upper_bound": bounds.upper,
         "simulated_gap": bounds.gap,
     }
-    return Outcome(
-        per_image, seconds | {"annealing": annealed.seconds, "bounds": bounds.seconds}, {}
-    )
+    return Outcome(per_image, seconds, {})
 
 
 def _annealing(config: Mapping[str, object], seed: int) -> dict[str, object]:
@@ -415,8 +399,7 @@ def evaluate_imputation(run: Run) -> Outcome:
     distance to them, of the encoder's imputations and of draws from the true conditional of the
     same decoder by long Markov chains. Training images are compared as grey values (assumed).
     """
-    per_image: dict[str, Tensor] = {}
-    ess: dict[str, float] = {}
+    per_image, ess = {}, {}
     for number, kind in enumerate(imputation.MASKS):
         stage = run.work.stage(kind)
         found = stage.load("scores")
@@ -440,13 +423,9 @@ def _impute(run: Run, number: int, kind: str) -> dict:
     torch.manual_seed(stream)
     completed = imputation.impute(decoder, encoder, x, mask, config["iterations"], num_chains)
     schedule = sigmoid_schedule(config["num_temperatures"])
+    settings = AISSettings(schedule, config["step_size"], config["num_leapfrog"])
     reference = imputation.conditional_samples(
-        decoder,
-        x,
-        mask,
-        num_chains,
-        settings=AISSettings(schedule, config["step_size"], config["num_leapfrog"]),
-        num_steps=config["reference_steps"],
+        decoder, x, mask, num_chains, settings=settings, num_steps=config["reference_steps"]
     )
     train = data.load_mnist("train")
     grey, labels = train.images.to(run.device), train.labels.to(run.device)
@@ -461,10 +440,10 @@ def _impute(run: Run, number: int, kind: str) -> dict:
 # --- the kinds of studies ------------------------------------------------------------------------
 
 
+#: What a study of ``workflow/experiments.yaml`` can name as its ``recipe``.
 RECIPES: dict[str, Recipe] = {
     "amc": Recipe(amc_training, evaluate_decoder),
     "vae": Recipe(vae_training, evaluate_decoder),
     "teacher": Recipe(teacher_training, evaluate_teacher),
     "imputation": Recipe(None, evaluate_imputation),
 }
-"""What a study of ``workflow/experiments.yaml`` can name as its ``recipe``."""

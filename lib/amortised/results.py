@@ -7,8 +7,6 @@ the architecture in their metadata. Every file is written under a temporary name
 and nothing is ever pickled.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json
@@ -24,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -118,9 +115,7 @@ def paired_difference(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) 
     """
     first, second = _finite_vector("a", a), _finite_vector("b", b)
     if first.size != second.size:
-        raise ValueError(
-            f"a has {first.size} images and b has {second.size}; cut both to those they share"
-        )
+        raise ValueError(f"a has {first.size} images and b has {second.size}; pair the same ones")
     return mean_and_se(first - second)
 
 
@@ -222,9 +217,7 @@ def provenance(
     if wall_seconds is None:
         wall_seconds = max(0.0, time.time() - started)
     device = torch.device(device)
-    described = {"type": device.type, "name": _device_name(device)}
-    if device.type == "cpu":
-        described["threads"] = torch.get_num_threads()
+    threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
     top_level = _git("rev-parse", "--show-toplevel")
     is_checkout = top_level is not None and Path(top_level).samefile(data_folder().parent)
     commit = _git("rev-parse", "HEAD") if is_checkout else None
@@ -239,7 +232,7 @@ def provenance(
             "safetensors": safetensors.__version__,
             "cuda": torch.version.cuda,
         },
-        "device": described,
+        "device": {"type": device.type, "name": _device_name(device)} | threads,
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "wall_seconds": round(wall_seconds, 3),
         "data_sha256": digests(*datasets),
@@ -299,9 +292,8 @@ def _disagreements(name: str, values: Tensor, metric: Estimate) -> list[str]:
         return [f"{name!r}: {error}"]
     close = math.isclose(found.mean, metric.mean, rel_tol=1e-5, abs_tol=1e-6)
     close = close and math.isclose(found.se, metric.se or 0.0, rel_tol=1e-4, abs_tol=1e-6)
-    if close and found.n == metric.n:
-        return []
-    return [f"metrics[{name!r}] states {metric}, its per-image values give {found}"]
+    fault = f"metrics[{name!r}] states {metric}, its per-image values give {found}"
+    return [] if close and found.n == metric.n else [fault]
 
 
 def save_result(

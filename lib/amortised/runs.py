@@ -22,15 +22,13 @@ run goes on with the same numbers. It needs torch, numpy, safetensors and tqdm, 
     python -m amortised.runs runs/amc_table1/vae-laptop-seed0-1a2b3c4d --device cuda
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -39,7 +37,7 @@ from torch import Tensor
 from . import checks, data, files, results
 from .cuda import CapturedFunction
 from .files import LockedError, OutOfTimeError, Work
-from .numerics import argument_validation
+from .numerics import argument_validation, seeded
 from .recipes import ARCHITECTURES, RECIPES, Outcome, Run
 from .training import FitResult, fit, half_cosine
 
@@ -141,7 +139,9 @@ def _work(run: Run, spec: Mapping[str, object], training_only: bool) -> None:
     facts = results.provenance(run.device, started=started)  # of the code as it was read
     training = read_json(folder / "training.json")
     try:
-        with _seeded(run.seed, run.device):
+        is_cuda = run.device.type == "cuda"  # then it is the current one: graphs are captured there
+        current = torch.cuda.device(run.device) if is_cuda else contextlib.nullcontext()
+        with current, seeded(run.seed, run.device):
             if training is None and recipe.build is not None:
                 training = _train(run, spec, facts)
             if training_only:
@@ -156,18 +156,6 @@ def _work(run: Run, spec: Mapping[str, object], training_only: bool) -> None:
             write_json(folder / "training.json", {"reason": outcome})
     cpu_seconds = None if is_resumed else round(time.process_time() - cpu_started, 1)
     _finish(folder, spec, training or {}, outcome, facts, cpu_seconds)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """The global streams seeded meanwhile, and the device current: graphs are captured there."""
-    is_cuda = device.type == "cuda"
-    with (
-        torch.cuda.device(device) if is_cuda else contextlib.nullcontext(),
-        torch.random.fork_rng(devices=[device] if is_cuda else []),
-    ):
-        torch.manual_seed(seed)
-        yield
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -190,16 +178,10 @@ def _train(run: Run, spec: Mapping[str, object], facts: Mapping[str, object]) ->
     # Validation of a distribution's arguments looks at values, which a captured graph cannot; and
     # it would stop a run that diverges with an error of its own, before `fit` sees the loss.
     with argument_validation(False):
-        result = fit(
-            CapturedFunction(update, state) if run.device.type == "cuda" else update,
-            torch.arange(len(levels), device=run.device),
-            state,
-            epochs=config["epochs"],
-            batch_size=config["batch_size"],
-            seed=run.seed,
-            schedule=half_cosine,
-            work=run.work.stage("training"),
-        )
+        step = CapturedFunction(update, state) if run.device.type == "cuda" else update
+        index, work = torch.arange(len(levels), device=run.device), run.work.stage("training")
+        passes = {"epochs": config["epochs"], "batch_size": config["batch_size"], "seed": run.seed}
+        result = fit(step, index, state, schedule=half_cosine, work=work, **passes)
     kinds = {"decoder": "decoder", "encoder": config.get("encoder", "gaussian")}
     for role, kind in kinds.items():
         if role in training.networks:
@@ -220,13 +202,11 @@ def _train(run: Run, spec: Mapping[str, object], facts: Mapping[str, object]) ->
 
 def _history(result: FitResult) -> dict[str, list[float]]:
     """Each loss as a few means over consecutive stretches of the training."""
-    return {
-        name: [
-            round(part.double().mean().item(), 4)
-            for part in values.tensor_split(min(HISTORY_LENGTH, len(values)))
-        ]
-        for name, values in result.history.items()
-    }
+    found = {}
+    for name, values in result.history.items():
+        parts = values.tensor_split(min(HISTORY_LENGTH, len(values)))
+        found[name] = [round(part.double().mean().item(), 4) for part in parts]
+    return found
 
 
 # --- result --------------------------------------------------------------------------------------

@@ -107,10 +107,10 @@ class DataFile(Strict):
     """One file of a data set; an archive counts as one."""
 
     name: PlainName
+    #: Bytes.
     size: NonNegativeInt | None = None
-    """Bytes."""
+    #: Left out only where the source publishes none; it is noted at the first download then.
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-    """Left out only where the source publishes none; it is noted at the first download then."""
 
 
 class DataSet(Strict):
@@ -119,10 +119,10 @@ class DataSet(Strict):
     title: str
     licence: str
     citation: str
+    #: Whether the files lie in the repository, in ``data/<name>/``.
     embedded: bool = False
-    """Whether the files lie in the repository, in ``data/<name>/``."""
+    #: Folders to fetch from, tried in order.
     addresses: list[Annotated[str, Field(pattern=r"^https?://\S+/$")]]
-    """Folders to fetch from, tried in order."""
     files: list[DataFile]
 
     @model_validator(mode="after")
@@ -133,8 +133,8 @@ class DataSet(Strict):
         return self
 
 
+#: The data sets of ``data/registry.toml`` by name, which is also that of their folder.
 Registry = dict[PlainName, DataSet]
-"""The data sets of ``data/registry.toml`` by name, which is also that of their folder."""
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -177,21 +177,21 @@ class ResultRecord(Strict):
     row: Name
     scale: Name
     seed: Seed
+    #: The options of the run.
     config: dict[str, Any]
-    """The options of the run."""
+    #: :func:`amortised.results.config_hash` of ``config``.
     config_hash: str
-    """:func:`amortised.results.config_hash` of ``config``."""
+    #: Raised when a change of the code alters the numbers.
     recipe_version: PositiveInt
-    """Raised when a change of the code alters the numbers."""
     status: Literal["done", "failed"]
     metrics: dict[str, Metric]
     provenance: Provenance
+    #: Why a run has failed.
     reason: str | None = None
-    """Why a run has failed."""
+    #: Anything else worth keeping.
     details: dict[str, Any] = {}
-    """Anything else worth keeping."""
+    #: Digest of the safetensors file, null if there is none.
     per_image_sha256: str | None = None
-    """Digest of the safetensors file, null if there is none."""
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:

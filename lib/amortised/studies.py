@@ -21,8 +21,8 @@ from . import data
 from .recipes import RECIPES
 from .schemas import FormatError, Name, Seed, Strict, validate
 
+#: ``laptop``: minutes to an hour on one core, three seeds. ``full``: on a GPU.
 SCALES = ("laptop", "full")
-"""``laptop``: minutes to an hour on one core, three seeds. ``full``: on a GPU."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Encoder = Literal["none", "gaussian", "cnn_g", "cnn_b"]
@@ -39,11 +39,11 @@ class TrainingOptions(Strict):
     epochs: PositiveInt
     batch_size: Annotated[int, Field(ge=1, le=60_000)]
     learning_rate: Positive
+    #: Samples of the encoder for each image.
     num_student_samples: PositiveInt
-    """Samples of the encoder for each image."""
 
+    #: Test images of the evaluation; the following are its settings, too.
     images: Annotated[int, Field(ge=2, le=10_000)]
-    """Test images of the evaluation; the following are its settings, too."""
     num_chains: PositiveInt
     pilot_chains: PositiveInt
     num_temperatures: PositiveInt
@@ -147,8 +147,8 @@ class TeacherOptions(Strict):
 class ImputationOptions(Strict):
     """Options of :func:`amortised.recipes.evaluate_imputation`."""
 
+    #: With ``trained``: the row whose weights, of the same scale and seed, are used.
     trained_study: Name
-    """With ``trained``: the row whose weights, of the same scale and seed, are used."""
     trained: Name
     images: Annotated[int, Field(ge=2, le=10_000)]
     num_chains: PositiveInt
@@ -159,13 +159,13 @@ class ImputationOptions(Strict):
     reference_steps: PositiveInt
 
 
-OPTIONS: dict[str, type[Strict]] = {
+#: The options of each recipe of :data:`amortised.recipes.RECIPES`.
+OPTIONS = {
     "amc": AmcOptions,
     "vae": VaeOptions,
     "teacher": TeacherOptions,
     "imputation": ImputationOptions,
 }
-"""The options of each recipe of :data:`amortised.recipes.RECIPES`."""
 
 
 # --- the file ------------------------------------------------------------------------------------
@@ -253,11 +253,9 @@ def load_studies(path: str | os.PathLike | None = None) -> dict[str, list[Experi
     file = _validated(_File, tree, "", faults)
     found: dict[str, list[Experiment]] = {}
     for name, study in {} if file is None else file.studies.items():
-        found[name] = [
-            experiment
-            for row, options in study.rows.items()
-            for experiment in _runs(name, study, row, options or {}, faults)
-        ]
+        found[name] = []
+        for row, options in study.rows.items():
+            found[name] += _runs(name, study, row, options or {}, faults)
     if not faults:
         found = {name: [_tied(run, found, faults) for run in runs] for name, runs in found.items()}
     if faults:

@@ -11,8 +11,6 @@ A cell without a run names the command that makes it. Nothing here computes anyt
 are those of ``data/results``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -161,12 +159,7 @@ def study_table(
 
 
 def cells(
-    results: Study,
-    row: str,
-    metrics: Iterable[str],
-    decimals: int = 2,
-    *,
-    with_seeds: bool = True,
+    results: Study, row: str, metrics: Iterable[str], decimals: int = 2, *, with_seeds: bool = True
 ) -> list[str | None]:
     """The pooled metrics of a row as texts, None for one that is not recorded.
 

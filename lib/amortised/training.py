@@ -12,8 +12,6 @@ started again with the same arguments ends with the same parameters, to the last
 was left alone (on the same machine, with deterministic kernels).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import time
@@ -32,6 +30,7 @@ from .numerics import check_counts
 
 Step = Callable[..., Mapping[str, Tensor]]
 
+_STREAMS = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # where their random state is kept
 _STEPS_ON_DEVICE = 64  # steps between two looks at the losses of an accelerator
 _FEWEST_CHECKPOINTS = 20  # in a training; more where an epoch is shorter
 
@@ -136,7 +135,8 @@ def fit(
     if saved is not None:
         _check_same(checkpoint, saved["facts"], facts)
         _write_state(state, saved["state"])
-        _write_random_state(saved["random"])
+        for device, stream in saved["random"].items():
+            _STREAMS[device].set_rng_state(stream)
         losses.names, losses.kept = saved["names"], [saved["losses"]]
         done, seconds, last_saved = saved["done"], saved["seconds"], checkpoint
 
@@ -262,18 +262,15 @@ def _check_data(tensors: tuple[Tensor, ...], epochs: int, batch_size: int) -> No
         found = ", ".join(f"{list(t.shape)} on {t.device}" for t in tensors)
         raise ValueError(f"data must agree in the first dimension and the device, got {found}")
     if len(tensors[0]) < batch_size:
-        raise ValueError(
-            f"data has {len(tensors[0])} examples, fewer than one batch of {batch_size}; "
-            "use a smaller batch_size"
-        )
+        count = f"{len(tensors[0])} examples, fewer than one batch of {batch_size}"
+        raise ValueError(f"data has {count}; use a smaller batch_size")
 
 
 def _check_state(state: Mapping[str, object]) -> None:
     for name, thing in state.items():
         if not isinstance(thing, Tensor) and not hasattr(thing, "load_state_dict"):
             raise TypeError(
-                f"state[{name!r}] is a {type(thing).__name__}; give a tensor or an object with "
-                "state_dict and load_state_dict, such as a module or an optimiser"
+                f"state[{name!r}] is a {type(thing).__name__}; give a tensor or what has state_dict"
             )
 
 
@@ -281,8 +278,7 @@ def _check_same(path: Path, before: Mapping[str, int], now: Mapping[str, int]) -
     differences = [f"{k} {before[k]}, now {now[k]}" for k in now if before.get(k) != now[k]]
     if differences:
         raise ValueError(
-            f"checkpoint {path} is of a different training; remove it to start afresh: "
-            + "; ".join(differences)
+            f"checkpoint {path} is of a different training; remove it: {'; '.join(differences)}"
         )
 
 
@@ -376,17 +372,9 @@ def _write_state(state: Mapping[str, object], saved: Mapping[str, object]) -> No
 
 
 def _read_random_state() -> dict[str, Tensor]:
-    random = {"cpu": torch.get_rng_state()}
+    devices = ["cpu"]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        random["cuda"] = torch.cuda.get_rng_state()
+        devices.append("cuda")
     if torch.backends.mps.is_available():
-        random["mps"] = torch.mps.get_rng_state()
-    return random
-
-
-def _write_random_state(random: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"])
-    if "mps" in random:
-        torch.mps.set_rng_state(random["mps"])
+        devices.append("mps")
+    return {device: _STREAMS[device].get_rng_state() for device in devices}
