@@ -7,8 +7,6 @@ draws, the first two moments, and how well a classifier that is fitted afterward
 apart on images that it has not seen.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
