@@ -117,8 +117,8 @@ def fault_of(content: dict | str, tmp_path: Path) -> str:
         ({"small/rows/VAE-2": {}}, "rows.VAE-2.[key] = 'VAE-2': string should match pattern"),
         ({"Study 1": STUDIES["small"]}, "'Study 1': string should match pattern '^[a-z0-9_]+$'"),
         # names
-        ({"small/recipe": "gan"}, "small.recipe = 'gan': input should be 'amc', 'vae', 'imputat"),
-        ({"small/recipe": ["amc"]}, "small.recipe = ['amc']: input should be 'amc', 'vae', 'im"),
+        ({"small/recipe": "gan"}, "small.recipe = 'gan': input should be 'amc', 'vae', "),
+        ({"small/recipe": ["amc"]}, "small.recipe = ['amc']: input should be 'amc', 'vae', "),
         ({"small/recipe_version": 0}, "recipe_version = 0: input should be greater than 0"),
         ({"small/scales/huge": {}}, "'huge': input should be 'laptop' or 'full'"),
         ({f"{VAE}/scales": ["huge"]}, "rows.vae: scales[0] = 'huge': input should be 'laptop' or"),
