@@ -35,7 +35,7 @@
 # %% tags=["parameters"]
 seed: int = 0  # seed of every random number in the chapter
 epochs: int = 3  # passes over the training images
-num_train: int = 20_000  # training images, the first of MNIST's 60,000
+num_train: int = 18_000  # training images, the first of MNIST's 60,000
 num_eval: int = 16  # random test images whose gap is taken apart
 num_importance: int = 2000  # samples behind log p(x); ten times a local fit's steps
 num_chains: int = 1000  # Markov chains whose averages are compared with the truth
@@ -293,6 +293,7 @@ markdown_table(["gradient in", "exact", "posterior", "mean-field q"], rows, 3)
 # A mean of $m$ independent draws would have squared error $\operatorname{Var} / m$, so the chain is worth $\operatorname{Var}$ over its mean squared error.
 # Each evaluation comes with a gradient, except in random-walk Metropolis; HMC takes eight per trajectory.
 
+
 # %%
 def chain_averages(kernel, cost, budget=1000):
     """Averages of z and z^2 - 1 along the axes, standardised: ``[chains, 4]``."""
@@ -382,7 +383,7 @@ def evaluations_per_draw(name, epsilon, dim, num_draws):
 
 
 # %%
-dims, grid, rows = (2, 8, 32, 128, 512), [2 ** (i / 4) for i in range(-18, 7)], []
+dims, grid, rows = (2, 8, 32, 128, 512), [2 ** (i / 3) for i in range(-13, 5)], []
 for name, theory in {"Metropolis": "1", "MALA": "1/3", "HMC": "1/4"}.items():
     tuned = {}
     for dim in dims:
@@ -425,7 +426,7 @@ dispersed = torch.tensor([[-8.0], [-5.0], [5.0], [8.0]])
 settings = {  # step of the random walk, starts, steps between two kept states
     "narrow steps, one start": (0.8, together, 10),
     "narrow steps, dispersed starts": (0.8, dispersed, 10),
-    "wide steps, dispersed starts": (10.0, dispersed, 10),
+    "wide steps, dispersed starts": (10.0, dispersed, 20),
 }
 traces = {}
 for name, (step_size, start, thin) in settings.items():
@@ -435,6 +436,7 @@ for name, (step_size, start, thin) in settings.items():
     traces[name], right = trace, (trace > 0).double().mean()
     rhat = mcmc.split_rhat(trace).item()
     print(f"{name}: R-hat {rhat:.1f}, share right of zero {right:.1f}")
+
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-rhat", "caption": "Metastability. Traces of four chains on a posterior with two modes, of weights 0.3 and 0.7. Left: all chains start at $-5$, stay, and agree with one another. Middle: from dispersed starts two stay on each side. Right: wide steps cross, and the share of time on each side becomes the weight of the mode. Grey: the exact density."}, "image": {"alt": "Three panels of traces against the exact bimodal density drawn in grey at the side. Left, all traces lie on the lower mode; middle, two lie on the lower and two on the upper mode; right, traces jump between both."}}
 def draw_boxes(ax, texts, places, dashed=(), shrink=12):
@@ -535,6 +537,7 @@ plt.show()
 #
 # The three estimators agree in the mean, so the choice among them is one of *variance*. Let $q$ approach the exact posterior of the two causes: offset its mean by $t$, stretch its covariance factor by $1 + t$, and let $t \to 0$. The table shows the variance per draw of the gradient in the mean (a baseline needs at least a pair of draws: twice the variance of their average).
 
+
 # %%
 # NBVAL_CHECK_OUTPUT
 def score_function(model, q, x, num_samples, baseline=False):
@@ -608,6 +611,7 @@ checks.close(gaps[-1], best_gap, atol=0.02, label="the gap left at the end")
 width = path.stddev[:, 0]
 print(f"gap {best_gap:.2f} nats; width {width[0]:.1f}, then {width.min():.2f}")
 print(f"at the end {width[-1]:.1f}; exact marginal {covariance[0, 0].sqrt():.2f}")
+
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-tightening", "caption": "Climbing the bound. Left, in the latent plane: $q$ (orange) and the exact posterior (green). Within the first frames the width of $q$ collapses to less than its final value, because off the ridge any width is punished; the mean then slides onto the ridge and along it; at the ridge $q$ widens again. The optimum covers only the middle of the posterior: minimising $\\operatorname{KL}(q \\,\\|\\, p)$ is mode-seeking and zero-forcing. Right, the two sides of {eq}`eq-vi-gap`: the line is the exact $\\log p_\\theta(x)$, the shaded band below it the divergence in closed form, the points the bound estimated from samples; they follow the lower edge of the band, and a gap remains at the end, because no member of the family is tilted."}, "image": {"alt": "Animation. Left, a large orange circle above a thin green tilted ellipse contracts to a small one within two frames, moves onto the ellipse and to its centre, and grows a little. Right, points rise along the lower edge of a shaded band and level off about one nat below a horizontal line."}}
 def draw(figure, frame):
@@ -883,6 +887,7 @@ plt.show()
 #
 # and one sample of $z$ per image is enough. Each visit binarises the grey image afresh.
 
+
 # %%
 def train_vae(latent_dim, images, epochs=epochs, bias="mean pixel", batch_size=50):
     vae, encoder = ConvBernoulli(latent_dim), GaussianEncoder(latent_dim)
@@ -910,19 +915,20 @@ def train_vae(latent_dim, images, epochs=epochs, bias="mean pixel", batch_size=5
 # %%
 # NBVAL_CHECK_OUTPUT
 images = load_mnist("train").images[:num_train].to(device)
-fewer = images[: num_train // 2]
+fewer = images[: num_train // 3]
 pairs = {
     "this run": train_vae(32, images),
     "short, bias at the mean pixel": train_vae(32, fewer, epochs=1),
     "short, default bias": train_vae(32, fewer, epochs=1, bias="default"),
 }
 vae, encoder = pairs["this run"]
-flat_vae, flat_encoder = train_vae(2, images[: num_train // 5])
+flat_vae, flat_encoder = train_vae(2, images[: num_train // 2])
 x_test = load_mnist_binary("test").images[:num_train].to(device)  # all, by default
 for name, network in (("decoder", vae), ("encoder", encoder)):
     count = sum(part.numel() for part in network.parameters())
     print(f"{name}: {count:,} parameters")
 print(f"updates: {epochs * (num_train // 50):,}, short {len(fewer) // 50:,}")
+
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-networks", "caption": "Encoder and decoder of the autoencoder with 32 latents: sizes of the layers' outputs (maps × height × width), read from the networks themselves. The encoder's convolutions halve the side of the image, the decoder's transposed convolutions double it, from 4 × 4 maps into which its 512 units are arranged; the others are dense layers. ReLU between layers."}, "image": {"alt": "Two rows of boxes joined by arrows to the right. Encoder: 784 pixels, 16 maps of 14 by 14, 32 of 7 by 7, 32 of 4 by 4, 500 units, 32 means and 32 log scales. Decoder: 32 latents, 500 and 512 units, 32 maps of 7 by 7, 16 of 14 by 14, 784 logits."}}
 def layer_sizes(layers, value):
@@ -949,6 +955,7 @@ plt.show()
 
 # %% [markdown]
 # Two thousand test images are looked at once, now, in one fixed binarisation. Beside the bound stands its rate, the second term of {eq}`eq-vi-vae`, and the number of *active* latents, those whose encoded mean varies over images: $\operatorname{Var}_x(\mathbb{E}_{q_\phi}[z_d]) > 0.01$ {cite:p}`burda2016iwae`. The first row is the best model without latents, independent pixels; the row "scale misread" belongs to a correction at the end of the chapter.
+
 
 # %%
 @torch.no_grad()
@@ -992,7 +999,7 @@ plt.show()
 # Two latents are too few for good digits, but a plane can be looked at, and integrated over. On a grid the evidence {eq}`eq-vi-evidence` is a sum.
 # That makes real images a case with a known answer: the gap of an encoder, exact up to the grid, is the divergence that one can see between the two distributions.
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-scan", "caption": "A two-dimensional latent space. Left: the decoder's mean image at each place. Right: for three test images, the exact posterior (green) on a grid and the encoder's Gaussian (orange), with $\\log p_\\theta(x)$ from the grid and the gap of the bound. Contours hold 50, 80 and 95 per cent of the mass."}, "image": {"alt": "Left, a square of digits that change shape smoothly from place to place. Right, three panels in which an orange ellipse more or less covers a green region; each title gives an evidence and a gap in nats."}}
+# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-scan", "caption": "A two-dimensional latent space. Left: the decoder's mean image at each place. Right: for three test images, the exact posterior (green) on a grid and the encoder's Gaussian (orange), with $\\log p_\\theta(x)$ from the grid and the gap of the bound. Contours hold 50 and 90 per cent of the mass."}, "image": {"alt": "Left, a square of digits that change shape smoothly from place to place. Right, three panels in which an orange ellipse more or less covers a green region; each title gives an evidence and a gap in nats."}}
 line, x_few = torch.linspace(-5, 5, 101, device=device), x_test[:3]
 blocks = torch.cartesian_prod(line, line)[:, None].split(100)
 log_joint = torch.cat([flat_vae.log_joint(x_few, z) for z in blocks])
@@ -1010,9 +1017,8 @@ def exact_density(i, z):
 
 for i, panel in enumerate(panels):
     q = Independent(Normal(q_flat.mean[i].cpu(), q_flat.stddev[i].cpu()), 1)
-    corners = q.mean[:, None] + 4 * q.stddev.max() * torch.tensor([-1, 1])
-    show = partial(plotting.show_density, ax=panel, num_points=41)
-    show = partial(show, extent=corners.flatten().tolist())
+    square = {"extent": (-4, 4, -4, 4), "num_points": 81, "masses": (0.9, 0.5)}
+    show = partial(plotting.show_density, ax=panel, **square)
     show(partial(exact_density, i))
     show(q.log_prob, colour=plotting.COLOURS["approximation"], fill=False)
     panel.set_title(f"log p = {log_p[i]:.1f}\ngap {gap[i]:.2f} nats", fontsize=8)
@@ -1082,10 +1088,11 @@ plt.show()
 #
 # For $K = 1$ the last term vanishes. For $K > 1$ the bias of STL is not an accident: STL climbs $\mathcal{L}_K$ and at the same time descends the mass-covering divergence of chapter 2.
 #
-# The folded cell puts the nodes of a Gauss–Hermite rule in the place of the draws, so that the library's own functions are verified without sampling: one latent with prior $\mathcal{N}(0, 1)$, unit noise, $x = 1.5$ and $q = \mathcal{N}(0.3, 0.9^2)$. The draws are exchangeable, which reduces a rule in eight dimensions from $12^8$ nodes to 75,582. The table shows the gap of $\mathcal{L}_K$ and the derivatives in $\mu$; the cell asserts {eq}`eq-vi-dreg` and {eq}`eq-vi-bridge` in $\mu$ and $\log \sigma$, and for $K = 1$ that score function, path and STL all give the closed form $-2(\mu - 0.75)$ and $1 - 2\sigma^2$.
+# The folded cell puts the nodes of a Gauss–Hermite rule in the place of the draws, so that the library's own functions are verified without sampling: one latent with prior $\mathcal{N}(0, 1)$, unit noise, $x = 1.5$ and $q = \mathcal{N}(0.3, 0.9^2)$. The draws are exchangeable, which reduces a rule in eight dimensions from $10^8$ nodes to 24,310. The table shows the gap of $\mathcal{L}_K$ and the derivatives in $\mu$; the cell asserts {eq}`eq-vi-dreg` and {eq}`eq-vi-bridge` in $\mu$ and $\log \sigma$, and for $K = 1$ that score function, path and STL all give the closed form $-2(\mu - 0.75)$ and $1 - 2\sigma^2$.
+
 
 # %% tags=["hide-input"]
-def symmetric_rule(num_samples, num_nodes=12):
+def symmetric_rule(num_samples, num_nodes=10):
     """Nodes ``[K, M, 1]`` and weights ``[M]`` for K exchangeable draws."""
     jacobi = torch.arange(1, num_nodes).double().sqrt().diag(1)
     nodes, vectors = torch.linalg.eigh(jacobi + jacobi.T)
@@ -1326,6 +1333,7 @@ plt.show()
 # The quadratic form vanishes at $\mu = m$, and the derivative in $\sigma_j^2$ at $\sigma_j^2 = 1 / \Lambda_{jj}$. There the first sum is $D$, which leaves the formula.
 # With unit variances $\Lambda_{jj} = 1 / (1 - r^2)$ and $\det \Lambda = 1 / (1 - r^2)$, so the gap is $-\tfrac12 \log(1 - r^2)$.
 
+
 # %%
 # NBVAL_CHECK_OUTPUT
 def mean_field_gap(r):
@@ -1368,6 +1376,7 @@ for r in (0.5, 0.9, -0.9):
 #
 # The evidence is $\mathcal{N}(x; \theta, 1 + \sigma^2)$, so the gradient is $(x - \theta) / (1 + \sigma^2)$. The joint's gradient is $(x - z - \theta) / \sigma^2$;
 # with the posterior mean $(x - \theta) / (1 + \sigma^2)$ for $z$ it is the same. A $q$ of mean $m$ gives $(x - m - \theta) / \sigma^2$: right only if $m$ is the posterior mean, and then whatever its variance. The second case of the check is that one.
+
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -1413,6 +1422,7 @@ for m, width in ((0.3, 0.7), (0.64, 0.1)):
 # $1 / (1 - s\lambda/4) = 1.02$ gives $s = 4 \cdot 0.02 / (1.02\, \lambda)$, inversely proportional to the precision. Each step shrinks the offset of that direction by $1 - s\lambda/2$,
 # so about $\log 100 / (s\lambda/2)$ steps are needed: the same number for every $\lambda$, near 115. But one $s$ must serve all directions, and the widest one shrinks more slowly by the ratio of the precisions, 23 for the two causes.
 
+
 # %%
 # NBVAL_CHECK_OUTPUT
 def step_for(precision):
@@ -1427,7 +1437,9 @@ for precision_of_it in (0.5, 4.0):
     ratio = variance * precision_of_it
     checks.close(ratio, 1.02, rtol=1e-4, label="the overstated variance", hint=hint)
 forget = math.log(0.01) / math.log(1 - step * precision_of_it / 2)
-print(f"{forget:.0f} steps; the wide direction takes {variances[1] / variances[0]:.0f} times as many")
+print(
+    f"{forget:.0f} steps; the wide direction takes {variances[1] / variances[0]:.0f} times as many"
+)
 
 # %% [markdown]
 # ```{solution-end}
@@ -1461,6 +1473,7 @@ print(f"{forget:.0f} steps; the wide direction takes {variances[1] / variances[0
 # $$
 #
 # By {eq}`eq-vi-leapfrog` with $\epsilon^2 = s$, the first norm is $\epsilon \lVert \rho \rVert$: the noise of the proposal is the momentum. The second is $\epsilon \lVert \rho' \rVert$, because the flipped momentum $-\rho'$ leads back. So the expression is $\tfrac12 (\lVert \rho \rVert^2 - \lVert \rho' \rVert^2)$, and together with $\log \pi(z') - \log \pi(z)$ it is $H - H'$.
+
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -1522,6 +1535,7 @@ checks.close(yours, energy, atol=0.01, rtol=1e-3, label="the log ratio", hint=hi
 # $$
 #
 # A report that is below the evidence, as for the mean-field $q$, is wrong too; nothing there gives it away.
+
 
 # %%
 # NBVAL_CHECK_OUTPUT
