@@ -133,7 +133,7 @@ class DataSet(Strict):
         return self
 
 
-#: The data sets of ``data/registry.toml`` by name, which is also that of their folder.
+# The data sets of ``data/registry.toml`` by name, which is also that of their folder.
 Registry = dict[PlainName, DataSet]
 
 
