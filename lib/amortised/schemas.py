@@ -101,6 +101,8 @@ def _models(kind: Any) -> list[type[BaseModel]]:
 # --- data sets -----------------------------------------------------------------------------------
 
 PlainName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
+Address = Annotated[str, Field(pattern=r"^https?://\S+/$")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class DataFile(Strict):
@@ -110,7 +112,7 @@ class DataFile(Strict):
     #: Bytes.
     size: NonNegativeInt | None = None
     #: Left out only where the source publishes none; it is noted at the first download then.
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    sha256: Sha256 | None = None
 
 
 class DataSet(Strict):
@@ -122,7 +124,7 @@ class DataSet(Strict):
     #: Whether the files lie in the repository, in ``data/<name>/``.
     embedded: bool = False
     #: Folders to fetch from, tried in order.
-    addresses: list[Annotated[str, Field(pattern=r"^https?://\S+/$")]]
+    addresses: list[Address]
     files: list[DataFile]
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from . import data
 from .recipes import RECIPES
-from .schemas import FormatError, Name, Seed, Strict, validate
+from .schemas import FormatError, Name, Seed, Sha256, Strict, validate
 
 #: ``laptop``: minutes to an hour on one core, three seeds. ``full``: on a GPU.
 SCALES = ("laptop", "full")
@@ -109,9 +109,9 @@ class VaeOptions(TrainingOptions):
 class TeacherOptions(Strict):
     """Options of :func:`amortised.recipes.teacher_training` and its evaluation."""
 
-    start: Annotated[str, Field(pattern=r"^\w+/\w+-\w+-seed\d+$")]
+    start: str = Field(pattern=r"^\w+/\w+-\w+-seed\d+$")
     """Weights of ``data/models`` to start from, decoder and encoder."""
-    start_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    start_sha256: Sha256
     """Of the two files, one after the other."""
     method: Literal["vae", "mcmc_vi"]
     kernel: Literal["none", "langevin", "mala"]
