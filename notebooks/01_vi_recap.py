@@ -35,8 +35,8 @@
 # %% tags=["parameters"]
 seed: int = 0  # seed of every random number in the chapter
 epochs: int = 3  # passes over the training images
-num_train: int = 18_000  # training images, the first of MNIST's 60,000
-num_eval: int = 16  # random test images whose gap is taken apart
+num_train: int = 16_000  # training images, the first of MNIST's 60,000
+num_eval: int = 12  # random test images whose gap is taken apart
 num_importance: int = 2000  # samples behind log p(x); ten times a local fit's steps
 num_chains: int = 1000  # Markov chains whose averages are compared with the truth
 num_updates: int = 200  # updates of the linear model in the comparison of schemes
@@ -916,7 +916,7 @@ def train_vae(latent_dim, images, epochs, bias="mean pixel", peak=3e-3):
 # %%
 # NBVAL_CHECK_OUTPUT
 images = load_mnist("train").images[:num_train].to(device)
-fewer = images[:15_000]
+fewer = images[:12_000]
 pairs = {
     "this run": train_vae(32, images, epochs),
     "short, mean-pixel bias": train_vae(32, fewer, 1, peak=None),
