@@ -66,7 +66,7 @@ full: environment ## the same at full scale, on DEVICE=cuda; PROFILE=slurm
 coursework: environment ## copies of the chapters without the solutions, in book/_build/coursework
 	@$(BIN)/python workflow/coursework.py book/_build/coursework
 
-bench: environment ## what annealing and training cost here, form by form; OPTIONS="--quick --save"
+bench: environment ## what annealing and training cost here, form by form; OPTIONS=--quick
 	@$(BIN)/python workflow/bench.py $(OPTIONS)
 	@$(BIN)/python workflow/bench_training.py
 

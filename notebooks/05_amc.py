@@ -77,7 +77,7 @@ from amortised import (
     results,
     tables,
 )
-from amortised.ais import sigmoid_schedule
+from amortised.ais import AISSettings, sigmoid_schedule
 from amortised.encoders import BlockPerceptrons, GaussianEncoder, ImplicitEncoder, MixtureEncoder
 from amortised.models import LatentVariableModel, LinearGaussian
 from amortised.numerics import CallCounter
@@ -262,8 +262,9 @@ def show_inflation(ax):
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-bias", "caption": "Left: variance of an unadjusted Langevin chain over that of its target, from {eq}`eq-amc-ula` (lines) and simulated (points), with the limits of stability (dotted). Right: the published log-likelihoods in nats, {cite:t}`li2017amc`, Table 1."}, "image": {"alt": "Left, two curves that rise to infinity at precision 20 and 200. Right, ten dots: four rows with step 0.2 lie close together near minus 89.5, most others far to the right of them."}}
 shown = {"η = 0.2": {}, "η = 0.02": {}, "no chain": {}}
 for row in sorted(published, key=lambda row: row["value"]):
-    kind = next((k for k in shown if row["row"].endswith(k.replace("η = ", "="))), "no chain")
-    shown[kind][row["row"].split(" T=")[0].replace(" |", ",")] = row["value"]
+    name, value = row["row"], row["value"]
+    kinds = (kind for kind in shown if name.endswith(kind.replace("η = ", "=")))
+    shown[next(kinds, "no chain")][name.split(" T=")[0].replace(" |", ",")] = value
 names = list(dict.fromkeys(name for group in shown.values() for name in group))
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.4))
 show_inflation(left)
@@ -718,11 +719,13 @@ trained = {"vae": "vae", "cnn_g": "amc_cnn_g_t50", "cnn_b": "amc_cnn_b_t50"}
 networks = {name: (network(row), network(row, "encoder")) for name, row in trained.items()}
 generator, x, filled = torch.Generator().manual_seed(seed), x_test[[2, 4]], {}
 masks = {kind: imputation.missing_mask(kind, generator=generator) for kind in imputation.MASKS}
-long = dict(schedule=sigmoid_schedule(2 * num_turns), step_size=0.1, num_leapfrog=3, num_steps=10)
+annealing = AISSettings(sigmoid_schedule(2 * num_turns), 0.1, num_leapfrog=3)
 for kind, mask in masks.items():
     for name, pair in networks.items():
         filled[kind, name] = imputation.impute(*pair, x, mask, num_turns, 5)
-    drawn_long = imputation.conditional_samples(networks["cnn_g"][0], x, mask, 5, **long)
+    drawn_long = imputation.conditional_samples(
+        networks["cnn_g"][0], x, mask, 5, settings=annealing, num_steps=10
+    )
     filled[kind, "reference"] = drawn_long.x
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-imputation", "caption": "Two test digits with four masks. Grey: observed. Orange: five imputations by the encoder of each row, {eq}`eq-amc-impute`, and by long chains in the CNN-G row's decoder. First column of each digit: what was covered, in full."}, "image": {"alt": "Four blocks of four rows. In each row two groups of a complete digit and five completions of it; grey parts agree within a block, orange parts differ from copy to copy."}}

@@ -62,7 +62,7 @@ from IPython.display import display
 from torch.distributions import Independent, Normal
 
 from amortised import data, evaluation, plotting, results, tables
-from amortised.ais import ais, bdmc, linear_schedule, sigmoid_schedule
+from amortised.ais import AISSettings, ais, bdmc, linear_schedule, sigmoid_schedule
 from amortised.mcmc import hmc_step
 from amortised.models import LinearGaussian
 from amortised.numerics import effective_sample_size, log_mean_exp
@@ -277,10 +277,7 @@ def annealed_importance_sampling(log_prior, log_likelihood, z, schedule, step_si
 def toy_path(dim: int) -> dict:
     """One observation of the independent model: the two terms of the path, and log p(x)."""
     model, x = independent_model(dim), torch.ones(1, dim, dtype=torch.float64)
-    terms = {
-        "log_prior_fn": model.prior().log_prob,
-        "log_likelihood_fn": lambda z: model.log_likelihood(x, z),
-    }
+    terms = model.prior().log_prob, lambda z: model.log_likelihood(x, z)
     return {"terms": terms, "truth": model.log_evidence(x).item()}
 
 
@@ -291,12 +288,10 @@ def toy_start(dim: int, offset: int) -> torch.Tensor:
 small, schedule = toy_path(2), linear_schedule(30)
 with torch.no_grad():
     by_hand, _ = annealed_importance_sampling(
-        *small["terms"].values(), toy_start(2, 5), schedule, 0.2, stream(6)
+        *small["terms"], toy_start(2, 5), schedule, 0.2, stream(6)
     )
-library = ais(
-    **small["terms"], z0=toy_start(2, 7), schedule=schedule, step_size=0.2, num_leapfrog=3,
-    generator=stream(8),
-)  # fmt: skip
+annealing = AISSettings(schedule, step_size=0.2, num_leapfrog=3)
+library = ais(small["terms"], toy_start(2, 7), annealing, generator=stream(8))
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -327,11 +322,10 @@ wide = toy_path(16)
 
 
 def one_chain_gap(budget: int, leapfrog: int, persistence: float, schedule_fn=linear_schedule):
-    run = ais(
-        **wide["terms"], z0=toy_start(16, 9), schedule=schedule_fn(budget // leapfrog), step_size=0.25,
-        num_leapfrog=leapfrog, persistence=persistence, generator=stream(10),
-        final_transition=False,
-    )  # fmt: skip
+    schedule = schedule_fn(budget // leapfrog)
+    annealing = AISSettings(schedule, 0.25, leapfrog, persistence)
+    z0, rng = toy_start(16, 9), stream(10)
+    run = ais(wide["terms"], z0, annealing, generator=rng, final_transition=False)
     return results.mean_and_se(wide["truth"] - run.log_weights[:, 0])
 
 
@@ -389,10 +383,9 @@ pair_truth = toy.log_evidence(pair_x).detach()
 
 def toy_sandwich(temperatures: int):
     z0 = torch.randn(4, 200, 16, generator=stream(13), dtype=torch.float64)
-    bounds = bdmc(
-        toy.prior().log_prob, lambda z: toy.log_likelihood(pair_x, z), z0, pair_z,
-        sigmoid_schedule(temperatures), step_size=0.25, num_leapfrog=5, generator=stream(14),
-    )  # fmt: skip
+    path = toy.prior().log_prob, lambda z: toy.log_likelihood(pair_x, z)
+    annealing = AISSettings(sigmoid_schedule(temperatures), 0.25, num_leapfrog=5)
+    bounds = bdmc(path, z0, pair_z, annealing, generator=stream(14))
     lower, upper = bounds.lower - pair_truth, bounds.upper - pair_truth
     return results.mean_and_se(lower), results.mean_and_se(upper)
 
@@ -667,12 +660,10 @@ print(f"certified to {gap_mine.mean:.2f} ± {gap_mine.se:.2f} nats on its own sa
 
 # %%
 z0 = toy_start(2, 18)
-single = ais(**small["terms"], z0=z0, schedule=linear_schedule(1), step_size=0.2, num_leapfrog=1)
-checks.close(
-    single.log_weights,
-    small["terms"]["log_likelihood_fn"](z0).detach(),
-    label="the log-weight at T = 1",
-)
+single = ais(small["terms"], z0, annealing._replace(schedule=linear_schedule(1)))
+_, log_likelihood = small["terms"]
+expected = log_likelihood(z0).detach()
+checks.close(single.log_weights, expected, label="the log-weight at T = 1")
 
 # %% [markdown]
 # ```{solution-end}
@@ -716,7 +707,8 @@ print(f"encoder minus prior: {gain.mean:.2f} ± {gain.se:.2f} nats")
 # $\frac{d}{db} \log \int f_b = \int \log p_\theta(x \mid z) f_b / \int f_b = \mathbb{E}_{f_b} \log p_\theta(x \mid z)$, and the two ends are $\log 1$ and $\log p_\theta(x)$. Row $t$ of the record is the mean before the increment $t$, that is, at $b_{t-1}$.
 
 # %%
-final = small["terms"]["log_likelihood_fn"](library.z).mean(0).detach()
+_, log_likelihood = small["terms"]
+final = log_likelihood(library.z).mean(0).detach()
 integrand = torch.cat([library.mean_log_likelihood[:, 0], final])
 integral = torch.trapezoid(integrand, schedule)
 checks.close(integral, small["truth"], atol=1.0, label="the thermodynamic integral")

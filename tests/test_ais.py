@@ -14,6 +14,8 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 from amortised import ais as ais_module
 from amortised.ais import (
+    AISSettings,
+    AnnealedPath,
     ais,
     bdmc,
     linear_schedule,
@@ -41,14 +43,18 @@ def normal(*shape, seed=0):
 
 
 def linear_gaussian(latent_dim, observation_dim, noise_scale, num_images, seed=0):
-    """A model, observations drawn from it, and its two terms as functions of z."""
+    """A model, observations drawn from it, their latents, and the path from prior to posterior."""
     generator = seeded(seed)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     weight = draw(observation_dim, latent_dim) / math.sqrt(latent_dim)
     model = LinearGaussian(weight, draw(observation_dim), noise_scale).requires_grad_(False)
     z = draw(num_images, latent_dim)
     x = z @ weight.T + model.bias + noise_scale * draw(num_images, observation_dim)
-    return model, x, z, (model.prior().log_prob, lambda z: model.log_likelihood(x, z))
+    return model, x, z, path_of(model, x)
+
+
+def path_of(model, x):
+    return AnnealedPath(model.prior().log_prob, partial(model.log_likelihood, x))
 
 
 def estimate_and_se(log_weights):
@@ -90,24 +96,11 @@ def test_schedules_refuse_other_lengths(num_temperatures):
 def test_evidence_of_linear_gaussian(
     latent_dim, observation_dim, noise_scale, num_temperatures, method
 ):
-    model, x, _, densities = linear_gaussian(latent_dim, observation_dim, noise_scale, num_images=6)
-    schedule, generator = sigmoid_schedule(num_temperatures), seeded(1)
-    step_size = tune_step_size(
-        *densities,
-        normal(30, 6, latent_dim, seed=2),
-        schedule,
-        initial_step_size=0.3,
-        generator=generator,
-        **method,
-    )
-    result = ais(
-        *densities,
-        normal(100, 6, latent_dim, seed=3),
-        schedule,
-        step_size=step_size,
-        generator=generator,
-        **method,
-    )
+    model, x, _, path = linear_gaussian(latent_dim, observation_dim, noise_scale, num_images=6)
+    settings, generator = AISSettings(sigmoid_schedule(num_temperatures), 0.3, **method), seeded(1)
+    steps = tune_step_size(path, normal(30, 6, latent_dim, seed=2), settings, generator=generator)
+    settings, z0 = settings._replace(step_size=steps), normal(100, 6, latent_dim, seed=3)
+    result = ais(path, z0, settings, generator=generator)
     estimate, se = estimate_and_se(result.log_weights)
     error = estimate - model.log_evidence(x)
     # The mean over independent images, and each image with room for the largest of six.
@@ -121,7 +114,7 @@ def modest_gaussian():
     weight = torch.tensor([[0.7, 0.0], [0.3, 0.5]], dtype=torch.float64)
     model = LinearGaussian(weight, torch.zeros(2).double(), 1.0).requires_grad_(False)
     x = torch.tensor([[1.5, -1.0]], dtype=torch.float64)
-    return model, x, (model.prior().log_prob, lambda z: model.log_likelihood(x, z))
+    return model, x, path_of(model, x)
 
 
 @METHODS
@@ -132,14 +125,13 @@ def test_weights_are_unbiased_whatever_the_mixing(direction, step_size, method):
 
     In reverse this tests that the reversed kernels are the right ones, also with momentum carried.
     """
-    model, x, densities = modest_gaussian()
+    model, x, path = modest_gaussian()
     posterior, z = model.posterior(x), normal(40_000, 1, 2, seed=1)
     if direction == "reverse":
         z = posterior.loc + z @ posterior.scale_tril[0].T
     run, sign = (ais, 1) if direction == "forward" else (reverse_ais, -1)
-    result = run(
-        *densities, z, sigmoid_schedule(8), step_size=step_size, generator=seeded(2), **method
-    )
+    settings = AISSettings(sigmoid_schedule(8), step_size, **method)
+    result = run(path, z, settings, generator=seeded(2))
     ratio = (sign * (result.log_weights - model.log_evidence(x))).exp()
     assert (ratio.mean() - 1).abs() < 3 * ratio.std() / math.sqrt(40_000)
     assert ratio.std() < 2  # else the standard error means nothing
@@ -152,7 +144,7 @@ def test_frozen_steps_leave_the_weights_unbiased_and_steps_adapted_on_the_way_do
     A chain that adapts shortens its steps when it meets the spike and stays there longer, or grows
     them elsewhere and never finds it: its position and its kernel are no longer independent.
     """
-    num_images, schedule, settings = 20_000, sigmoid_schedule(100), {"num_leapfrog": 1}
+    num_images, schedule = 20_000, sigmoid_schedule(100)
     prior = Independent(Normal(torch.zeros(1).double(), 1.0), 1)
 
     def log_likelihood(z):
@@ -165,21 +157,16 @@ def test_frozen_steps_leave_the_weights_unbiased_and_steps_adapted_on_the_way_do
         ratio = log_weights.exp() / evidence
         return (ratio.mean() - 1) / (ratio.std() / math.sqrt(num_images))
 
-    steps = tune_step_size(
-        prior.log_prob, log_likelihood, normal(1, num_images, 1, seed=1), schedule,
-        initial_step_size=0.8, bounds=(1e-3, 10.0), generator=seeded(2), **settings,
-    )  # fmt: skip
-    frozen = ais(
-        prior.log_prob, log_likelihood, normal(1, num_images, 1, seed=3), schedule,
-        step_size=steps, generator=seeded(4), **settings,
-    )  # fmt: skip
+    path, settings = (prior.log_prob, log_likelihood), AISSettings(schedule, 0.8, 1)
+    z0 = normal(1, num_images, 1, seed=1)
+    steps = tune_step_size(path, z0, settings, bounds=(1e-3, 10.0), generator=seeded(2))
+    settings, z0 = settings._replace(step_size=steps), normal(1, num_images, 1, seed=3)
+    frozen = ais(path, z0, settings, generator=seeded(4))
     assert abs(unbiasedness(frozen.log_weights)) < 3
 
-    z, generator = normal(1, num_images, 1, seed=3), seeded(4)
-    log_weights, step_size = (
-        torch.zeros(1, num_images).double(),
-        torch.full((1, num_images, 1), 0.8),
-    )
+    z, generator = z0, seeded(4)
+    log_weights = torch.zeros(1, num_images).double()
+    step_size = torch.full((1, num_images, 1), 0.8)
     for t in range(1, 101):
         log_weights += (schedule[t] - schedule[t - 1]) * log_likelihood(z)
         state, info = hmc_step(
@@ -217,15 +204,8 @@ def test_evidence_of_bernoulli_decoders_against_quadrature(latent_dim, method):
     truth = quadrature(401)
     torch.testing.assert_close(quadrature(201), truth, atol=1e-6, rtol=0)
 
-    result = ais(
-        model.prior().log_prob,
-        lambda z: model.log_likelihood(x, z),
-        draw(400, 5, latent_dim),
-        sigmoid_schedule(100),
-        step_size=0.5,
-        generator=generator,
-        **method,
-    )
+    settings, z0 = AISSettings(sigmoid_schedule(100), 0.5, **method), draw(400, 5, latent_dim)
+    result = ais(path_of(model, x), z0, settings, generator=generator)
     estimate, se = estimate_and_se(result.log_weights)
     assert ((estimate - truth).abs() < 4 * se).all()
     assert (estimate - truth).mean().abs() < 3 * se.square().sum().sqrt() / 5
@@ -241,15 +221,9 @@ def test_the_gap_of_one_chain_falls_as_one_over_the_number_of_temperatures():
     gaps, errors = [], []
     for num_temperatures in lengths:
         schedule = linear_schedule(num_temperatures)
-        result = ais(
-            model.prior().log_prob,
-            lambda z: model.log_likelihood(x, z),
-            torch.randn(num_chains, 1, 8, generator=generator).double(),
-            schedule,
-            step_size=(math.pi / 6 * (1 + 3 * schedule[1:]) ** -0.5).reshape(-1, 1, 1, 1),
-            num_leapfrog=3,
-            generator=generator,
-        )
+        step_size = (math.pi / 6 * (1 + 3 * schedule[1:]) ** -0.5).reshape(-1, 1, 1, 1)
+        z0 = torch.randn(num_chains, 1, 8, generator=generator).double()
+        result = ais(path_of(model, x), z0, (schedule, step_size, 3), generator=generator)
         gaps.append((model.log_evidence(x) - result.log_weights.mean(0)).item())
         errors.append(result.log_weights.std().item() / math.sqrt(num_chains))
     # Least squares on logarithms; the error of log gap is se / gap.
@@ -265,18 +239,12 @@ def test_the_gap_of_one_chain_falls_as_one_over_the_number_of_temperatures():
 @METHODS
 def test_bidirectional_bounds_hold_in_expectation_and_close(method):
     """400 simulated pairs, each with four chains: forward <= truth <= reverse in the mean."""
-    model, x, z, densities = linear_gaussian(3, 4, 0.6, num_images=400)
+    model, x, z, path = linear_gaussian(3, 4, 0.6, num_images=400)
     truth, gaps = model.log_evidence(x), []
     for num_temperatures in (10, 30, 100):
-        bounds = bdmc(
-            *densities,
-            normal(4, 400, 3, seed=num_temperatures),
-            z,
-            sigmoid_schedule(num_temperatures),
-            step_size=0.4,
-            generator=seeded(num_temperatures),
-            **method,
-        )
+        z0 = normal(4, 400, 3, seed=num_temperatures)
+        settings = AISSettings(sigmoid_schedule(num_temperatures), 0.4, **method)
+        bounds = bdmc(path, z0, z, settings, generator=seeded(num_temperatures))
         assert bounds.lower.shape == bounds.upper.shape == (400,)
         for error in (truth - bounds.lower, bounds.upper - truth):
             assert error.mean() > -3 * error.std() / 20
@@ -288,23 +256,17 @@ def test_bidirectional_bounds_hold_in_expectation_and_close(method):
     assert gaps[-1][0] > -3 * gaps[-1][1]
 
 
-def test_a_sandwich_from_exact_starts_on_both_sides_is_tight():
-    model, x, z, densities = linear_gaussian(3, 4, 0.6, num_images=5)
+def test_exact_starts_give_the_evidence_without_variance_from_both_sides():
+    model, x, z, path = linear_gaussian(3, 4, 0.6, num_images=5)
     posterior = model.posterior(x)
-    path = path_from(posterior, *densities)
     z0 = posterior.loc + (posterior.scale_tril @ normal(7, 5, 3, 1)).squeeze(-1)
-    bounds = bdmc(
-        path.log_prior_fn,
-        path.log_likelihood_fn,
-        z0,
-        z,
-        linear_schedule(3),
-        step_size=0.3,
-        num_leapfrog=2,
-        generator=seeded(0),
-    )
-    torch.testing.assert_close(bounds.lower, model.log_evidence(x), atol=1e-9, rtol=0)
-    torch.testing.assert_close(bounds.upper, model.log_evidence(x), atol=1e-9, rtol=0)
+    settings = AISSettings(linear_schedule(3), 0.3, 2)
+    bounds = bdmc(path_from(posterior, path), z0, z, settings, generator=seeded(0))
+    for log_weights in (bounds.forward.log_weights, bounds.reverse.log_weights):
+        expected = model.log_evidence(x).expand(7, 5)
+        torch.testing.assert_close(log_weights, expected, atol=1e-9, rtol=0)
+    for bound in (bounds.lower, bounds.upper):
+        torch.testing.assert_close(bound, model.log_evidence(x), atol=1e-9, rtol=0)
 
 
 # --- transitions ---------------------------------------------------------------------------------
@@ -319,22 +281,17 @@ def test_transitions_leave_each_intermediate_distribution_invariant(
     beta, num_leapfrog, persistence, step_size
 ):
     """Start at the exact law of (z, momentum), move 10 times, and find the same moments."""
-    model, x, _, densities = linear_gaussian(2, 3, 0.7, num_images=1)
+    model, x, _, path = linear_gaussian(2, 3, 0.7, num_images=1)
     # f_b is the posterior of the same model with noise_scale / sqrt(b).
     tempered = LinearGaussian(model.weight, model.bias, 0.7 / math.sqrt(beta)).posterior(x)
     covariance, num_chains = tempered.covariance_matrix[0].detach(), 20_000
     z = tempered.loc + normal(num_chains, 1, 2, seed=1) @ tempered.scale_tril[0].T
-    density = ais_module._density(*densities, None, None)
-    chains = ais_module._start(density, z.detach())
-    if persistence:
-        chains = chains._replace(momentum=normal(num_chains, 1, 2, seed=2))
-    settings = ais_module._settings(
-        z.detach(), linear_schedule(1), step_size, num_leapfrog, persistence
-    )
-    rung, generator = ais_module._Rung(1, 0.0, beta, settings.step_sizes[0]), seeded(3)
-    acceptance = []
+    momentum = normal(num_chains, 1, 2, seed=2) if persistence else None
+    chains = ais_module._Chains(ais_module._start(path, z), momentum)
+    settings = AISSettings(linear_schedule(1), step_size, num_leapfrog, persistence)
+    generator, acceptance = seeded(3), []
     for _ in range(10):
-        chains, _, rate = ais_module._transition(density, chains, rung, settings, generator)
+        chains, _, rate = ais_module._transition(path, chains, beta, step_size, settings, generator)
         acceptance.append(rate)
     assert torch.stack(acceptance).mean() < 0.98  # the Metropolis test has work to do
 
@@ -348,20 +305,18 @@ def test_transitions_leave_each_intermediate_distribution_invariant(
     assert (sample.mean(0).abs() < 4 * mean_se).all()
     assert ((sample.T @ sample / num_chains - expected).abs() < 4 * second_se).all()
     # The terms that the chains carry are those of the positions that they carry.
-    torch.testing.assert_close(chains.point.log_likelihood, densities[1](chains.point.z))
+    expected = value_and_grad(path.log_likelihood_fn, chains.point.z)
     torch.testing.assert_close(
-        chains.point.likelihood_grad, value_and_grad(densities[1], chains.point.z)[1]
+        (chains.point.log_likelihood, chains.point.likelihood_grad), expected
     )
 
 
 def test_without_persistence_it_is_plain_ais_with_hmc_on_the_same_random_numbers():
-    _, _, _, (log_prior, log_likelihood) = linear_gaussian(3, 4, 0.5, num_images=2)
+    _, _, _, path = linear_gaussian(3, 4, 0.5, num_images=2)
+    log_prior, log_likelihood = path[:2]
     schedule, z0 = sigmoid_schedule(20), normal(5, 2, 3)
     step_sizes = 0.2 + 0.3 * torch.rand(20, 1, 2, 1, generator=seeded(1), dtype=torch.float64)
-    result = ais(
-        log_prior, log_likelihood, z0, schedule,
-        step_size=step_sizes, num_leapfrog=4, generator=seeded(2),
-    )  # fmt: skip
+    result = ais(path, z0, (schedule, step_sizes, 4), generator=seeded(2))
 
     generator, z, log_weights, acceptance = seeded(2), z0, torch.zeros(5, 2).double(), []
     for t in range(1, 21):
@@ -383,12 +338,10 @@ def test_without_persistence_it_is_plain_ais_with_hmc_on_the_same_random_numbers
 
 def test_hais_is_the_published_algorithm_on_the_same_random_numbers():
     """One leapfrog step, momentum negated on rejection and partially refreshed, written out."""
-    _, _, _, (log_prior, log_likelihood) = linear_gaussian(3, 4, 0.5, num_images=2)
+    _, _, _, path = linear_gaussian(3, 4, 0.5, num_images=2)
+    log_prior, log_likelihood = path[:2]
     schedule, z0, a, epsilon = sigmoid_schedule(40), normal(5, 2, 3), 0.8, 0.5
-    result = ais(
-        log_prior, log_likelihood, z0, schedule,
-        step_size=epsilon, num_leapfrog=1, persistence=a, generator=seeded(2),
-    )  # fmt: skip
+    result = ais(path, z0, (schedule, epsilon, 1, a), generator=seeded(2))
 
     generator, z, momentum, log_weights, rejected = seeded(2), z0, None, 0.0, 0
     for t in range(1, 41):
@@ -415,53 +368,37 @@ def test_hais_is_the_published_algorithm_on_the_same_random_numbers():
 
 
 @METHODS
-@pytest.mark.parametrize("final_transition", [True, False])
-def test_each_transition_costs_exactly_its_leapfrog_steps_in_gradients(method, final_transition):
-    _, _, _, (log_prior, log_likelihood) = linear_gaussian(2, 3, 0.5, num_images=2)
-    counter = CallCounter(log_likelihood)
-    result = ais(
-        log_prior, counter, normal(4, 2, 2), sigmoid_schedule(10),
-        step_size=0.3, generator=seeded(0), final_transition=final_transition, **method,
-    )  # fmt: skip
-    transitions = 10 if final_transition else 9
-    expected = 1 + transitions * method["num_leapfrog"]
-    assert (counter.calls, counter.points) == (expected, expected * 8)
-    assert result.num_gradients == expected
-    assert result.acceptance_rate.shape == (transitions, 2)
-
-
-def test_the_final_transition_moves_the_chains_and_not_the_weights():
-    _, _, _, densities = linear_gaussian(2, 3, 0.5, num_images=2)
-    with_it, without = (
-        ais(
-            *densities, normal(4, 2, 2), sigmoid_schedule(10), step_size=0.3, num_leapfrog=3,
-            generator=seeded(0), final_transition=final_transition,
-        )
-        for final_transition in (True, False)
-    )  # fmt: skip
-    assert torch.equal(with_it.log_weights, without.log_weights)
-    assert not torch.equal(with_it.z, without.z)
+def test_the_cost_is_exact_and_the_final_transition_moves_only_the_chains(method):
+    _, _, _, (log_prior, log_likelihood, *_) = linear_gaussian(2, 3, 0.5, num_images=2)
+    settings, results = AISSettings(sigmoid_schedule(10), 0.3, **method), []
+    for final_transition, transitions in ((True, 10), (False, 9)):
+        path, z0 = (log_prior, CallCounter(log_likelihood)), normal(4, 2, 2)
+        result = ais(path, z0, settings, generator=seeded(0), final_transition=final_transition)
+        expected = 1 + transitions * method["num_leapfrog"]
+        assert (path[1].calls, path[1].points) == (expected, expected * 8)
+        assert result.num_gradients == expected
+        assert result.acceptance_rate.shape == (transitions, 2)
+        results.append(result)
+    assert torch.equal(results[0].log_weights, results[1].log_weights)
+    assert not torch.equal(results[0].z, results[1].z)
 
 
 # --- routes, paths, step sizes -------------------------------------------------------------------
 
 
 def test_a_route_replaces_the_likelihood_and_its_gradient():
-    _, _, _, (log_prior, log_likelihood) = linear_gaussian(2, 3, 0.5, num_images=2)
-    settings = {"step_size": 0.3, "num_leapfrog": 3}
-    plain = ais(
-        log_prior, log_likelihood, normal(4, 2, 2), sigmoid_schedule(10),
-        generator=seeded(0), **settings,
-    )  # fmt: skip
-    routed = ais(
-        log_prior, None, normal(4, 2, 2), sigmoid_schedule(10), generator=seeded(0),
-        likelihood_value_and_grad=partial(value_and_grad, log_likelihood), **settings,
-    )  # fmt: skip
-    assert torch.equal(plain.log_weights, routed.log_weights)
+    _, _, _, path = linear_gaussian(2, 3, 0.5, num_images=2)
+    route = partial(value_and_grad, path.log_likelihood_fn)
+    routed = AnnealedPath(path.log_prior_fn, None, likelihood_value_and_grad=route)
+    settings = AISSettings(sigmoid_schedule(10), 0.3, 3)
+    plain, fast = (
+        ais(way, normal(4, 2, 2), settings, generator=seeded(0)) for way in (path, routed)
+    )
+    assert torch.equal(plain.log_weights, fast.log_weights)
 
 
 def test_forces_of_low_precision_leave_the_weights_unbiased_with_exact_energies():
-    model, x, _, (log_prior, log_likelihood) = linear_gaussian(2, 3, 0.6, num_images=1)
+    model, x, _, (log_prior, log_likelihood, *_) = linear_gaussian(2, 3, 0.6, num_images=1)
 
     def coarse(z):  # the force is wrong by up to 12 %, the value useless
         _, grad = value_and_grad(log_likelihood, z)
@@ -470,11 +407,9 @@ def test_forces_of_low_precision_leave_the_weights_unbiased_with_exact_energies(
         return torch.zeros_like(grad[..., 0]), grad
 
     counter = CallCounter(log_likelihood)
-    result = ais(
-        log_prior, counter, normal(30_000, 1, 2, seed=1), sigmoid_schedule(6),
-        step_size=0.5, num_leapfrog=3, generator=seeded(2),
-        likelihood_value_and_grad=coarse, exact_energies=True,
-    )  # fmt: skip
+    path = AnnealedPath(log_prior, counter, None, coarse, exact_energies=True)
+    z0 = normal(30_000, 1, 2, seed=1)
+    result = ais(path, z0, (sigmoid_schedule(6), 0.5, 3), generator=seeded(2))
     assert counter.calls == 1 + 6  # one forward pass at the start and one per temperature
     ratio = (result.log_weights - model.log_evidence(x)).exp()
     assert (ratio.mean() - 1).abs() < 3 * ratio.std() / math.sqrt(30_000)
@@ -493,55 +428,35 @@ def test_log_prob_and_grad_is_autograd_for_normal_and_other_distributions():
         torch.testing.assert_close(grad, expected_grad)
 
 
-def test_the_exact_posterior_as_start_gives_the_evidence_without_variance():
-    model, x, _, densities = linear_gaussian(3, 4, 0.6, num_images=5)
-    posterior = model.posterior(x)
-    path = path_from(posterior, *densities)
-    z0 = posterior.loc + (posterior.scale_tril @ normal(7, 5, 3, 1)).squeeze(-1)
-    result = ais(
-        **path._asdict(), z0=z0, schedule=linear_schedule(4), step_size=0.3, num_leapfrog=2,
-        generator=seeded(0),
-    )  # fmt: skip
-    expected = model.log_evidence(x).expand(7, 5)
-    torch.testing.assert_close(result.log_weights, expected, atol=1e-9, rtol=0)
-
-
 @METHODS
 def test_any_start_gives_unbiased_weights(method):
     """From a mean-field Gaussian that is too narrow, shifted, and nothing like the prior."""
-    model, x, _, densities = linear_gaussian(2, 3, 0.6, num_images=1)
+    model, x, _, path = linear_gaussian(2, 3, 0.6, num_images=1)
     start = Independent(Normal(model.posterior(x).loc + 0.2, torch.tensor([[0.4, 0.3]])), 1)
-    path = path_from(start, *densities)
     z0 = start.base_dist.loc + start.base_dist.scale * normal(30_000, 1, 2, seed=1)
-    result = ais(
-        **path._asdict(), z0=z0, schedule=linear_schedule(8), step_size=0.4,
-        generator=seeded(2), **method,
-    )  # fmt: skip
+    settings = AISSettings(linear_schedule(8), 0.4, **method)
+    result = ais(path_from(start, path), z0, settings, generator=seeded(2))
     ratio = (result.log_weights - model.log_evidence(x)).exp()
     assert (ratio.mean() - 1).abs() < 3 * ratio.std() / math.sqrt(30_000)
 
 
 @pytest.mark.parametrize("shape", [(), (10, 1, 1, 1), (1, 1, 3, 1), (10, 1, 3, 1)])
 def test_step_sizes_broadcast(shape):
-    _, _, _, densities = linear_gaussian(2, 3, 0.5, num_images=3)
-    settings = {"num_leapfrog": 2, "z0": normal(4, 3, 2), "schedule": sigmoid_schedule(10)}
+    _, _, _, path = linear_gaussian(2, 3, 0.5, num_images=3)
     number, tensor = (
-        ais(*densities, step_size=step_size, generator=seeded(0), **settings)
+        ais(path, normal(4, 3, 2), (sigmoid_schedule(10), step_size, 2), generator=seeded(0))
         for step_size in (0.3, torch.full(shape, 0.3))
     )
     torch.testing.assert_close(number.log_weights, tensor.log_weights, atol=1e-5, rtol=0)
 
 
 def test_the_step_size_of_a_temperature_and_an_image_moves_that_image_at_that_temperature():
-    _, _, _, densities = linear_gaussian(2, 3, 0.5, num_images=2)
+    _, _, _, path = linear_gaussian(2, 3, 0.5, num_images=2)
     steps = torch.full((10, 1, 2, 1), 1e-9, dtype=torch.float64)
     steps[5, :, 1] = 0.5
     z0 = normal(4, 2, 2)
     for run, temperature in ((ais, 5), (reverse_ais, 3)):
-        result = run(
-            *densities, z0, sigmoid_schedule(10), step_size=steps, num_leapfrog=2,
-            generator=seeded(0),
-        )  # fmt: skip
+        result = run(path, z0, (sigmoid_schedule(10), steps, 2), generator=seeded(0))
         moved = result.mean_log_likelihood.diff(dim=0).abs() > 1e-6
         assert moved.nonzero().tolist() == [[temperature, 1]]
 
@@ -556,17 +471,13 @@ def test_the_pilot_reaches_its_target_and_the_frozen_run_keeps_it(method, target
     def log_likelihood(z):
         return Normal(z @ weight.T, noise).log_prob(x).sum(-1)
 
-    schedule = sigmoid_schedule(400)
-    z0 = normal(50, 2, 2, seed=2)
-    steps = tune_step_size(
-        prior.log_prob, log_likelihood, z0, schedule, generator=seeded(3), **method
-    )
+    path = prior.log_prob, log_likelihood
+    settings = AISSettings(sigmoid_schedule(400), 0.1, **method)
+    steps = tune_step_size(path, normal(50, 2, 2, seed=2), settings, generator=seeded(3))
     assert steps.shape == (400, 1, 2, 1) and steps.dtype == torch.float64
     assert steps[-1, 0, 0, 0] < steps[-1, 0, 1, 0] / 3
-    result = ais(
-        prior.log_prob, log_likelihood, normal(50, 2, 2, seed=4), schedule, step_size=steps,
-        generator=seeded(5), **method,
-    )  # fmt: skip
+    settings, z0 = settings._replace(step_size=steps), normal(50, 2, 2, seed=4)
+    result = ais(path, z0, settings, generator=seeded(5))
     # The multiplicative rule hovers about its target; each end of the run settles to within 0.07.
     torch.testing.assert_close(
         result.acceptance_rate[200:].mean(0), torch.full((2,), target).double(), atol=0.07, rtol=0
@@ -574,14 +485,12 @@ def test_the_pilot_reaches_its_target_and_the_frozen_run_keeps_it(method, target
 
 
 def test_the_pilot_stays_within_its_bounds_and_repeats_from_a_seed():
-    _, _, _, densities = linear_gaussian(2, 3, 0.5, num_images=3)
+    _, _, _, path = linear_gaussian(2, 3, 0.5, num_images=3)
+    z0, settings = normal(4, 3, 2), AISSettings(sigmoid_schedule(60), 0.1, 2)
     runs = [
-        tune_step_size(
-            *densities, normal(4, 3, 2), sigmoid_schedule(60), num_leapfrog=2,
-            bounds=(0.09, 0.12), generator=seeded(0),
-        )
+        tune_step_size(path, z0, settings, bounds=(0.09, 0.12), generator=seeded(0))
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     assert torch.equal(*runs)
     assert runs[0].min() >= 0.09 and runs[0].max() == 0.12 and (runs[0][0] == 0.1).all()
 
@@ -597,10 +506,8 @@ def test_a_weight_of_minus_infinity_counts_as_zero():
 
     prior = Independent(Normal(torch.zeros(2).double(), 1.0), 1)
     z0 = normal(4000, 1, 2)
-    result = ais(
-        prior.log_prob, log_likelihood, z0, linear_schedule(5), step_size=0.5, num_leapfrog=2,
-        generator=seeded(1),
-    )  # fmt: skip
+    path = prior.log_prob, log_likelihood
+    result = ais(path, z0, (linear_schedule(5), 0.5, 2), generator=seeded(1))
     outside = z0[:, 0, 0] <= 0
     assert torch.equal(result.log_weights[:, 0] == -torch.inf, outside)
     assert (result.log_weights[~outside] == 0).all()
@@ -612,10 +519,8 @@ def test_a_weight_of_minus_infinity_counts_as_zero():
 
 def test_all_weights_zero_is_minus_infinity_and_not_an_error():
     prior = Independent(Normal(torch.zeros(1).double(), 1.0), 1)
-    result = ais(
-        prior.log_prob, lambda z: torch.full_like(z[..., 0], -torch.inf) + 0.0 * z.sum(-1),
-        normal(3, 1, 1), linear_schedule(2), step_size=0.5, num_leapfrog=1, generator=seeded(0),
-    )  # fmt: skip
+    path = prior.log_prob, lambda z: torch.full_like(z[..., 0], -torch.inf) + 0.0 * z.sum(-1)
+    result = ais(path, normal(3, 1, 1), (linear_schedule(2), 0.5, 1), generator=seeded(0))
     assert log_mean_exp(result.log_weights, dim=0).item() == -torch.inf
     assert (result.ess == 0).all()
 
@@ -629,32 +534,23 @@ def test_a_nan_names_its_temperature_and_image(bad):
         value = (torch.tensor([0.0, 30.0]) * z[..., 0]).double()
         return torch.where(z[..., 0] > 6.0, bad, value)
 
-    seen = []
+    path, seen = (prior.log_prob, log_likelihood), []
+    settings, z0 = AISSettings(linear_schedule(200), 0.3, 3), 0.1 * normal(20, 2, 1)
     with pytest.raises(FloatingPointError, match=r"at temperature \d+ \(b = 0\.\d+\), image 1;"):
-        ais(
-            prior.log_prob, log_likelihood, 0.1 * normal(20, 2, 1), linear_schedule(200),
-            step_size=0.3, num_leapfrog=3, generator=seeded(1), on_temperature=seen.append,
-        )  # fmt: skip
+        ais(path, z0, settings, generator=seeded(1), on_temperature=seen.append)
     assert len(seen) < 200  # it did not go on to the end
 
 
-def test_a_nan_at_the_start_stops_before_any_temperature():
+@pytest.mark.parametrize("run", [ais, reverse_ais, tune_step_size])
+def test_a_nan_at_the_start_stops_before_any_temperature(run):
+    path = lambda z: z.sum(-1), lambda z: z.sum(-1) * math.nan
     with pytest.raises(FloatingPointError, match="at the start, image 0 and 1 more;"):
-        ais(
-            lambda z: z.sum(-1), lambda z: z.sum(-1) * math.nan, normal(3, 2, 1),
-            linear_schedule(2), step_size=0.5, num_leapfrog=1,
-        )  # fmt: skip
+        run(path, normal(3, 2, 1), (linear_schedule(2), 0.5, 1))
 
 
 def test_trajectories_that_diverge_to_infinity_are_rejected():
-    def log_prior(z):
-        return -0.5 * z.square().sum(-1)
-
-    z0 = normal(6, 2, 1)
-    result = ais(
-        log_prior, lambda z: -z.pow(4).sum(-1), z0, linear_schedule(4), step_size=1e4,
-        num_leapfrog=6, generator=seeded(0),
-    )  # fmt: skip
+    path, z0 = (lambda z: -0.5 * z.square().sum(-1), lambda z: -z.pow(4).sum(-1)), normal(6, 2, 1)
+    result = ais(path, z0, (linear_schedule(4), 1e4, 6), generator=seeded(0))
     assert (result.acceptance_rate == 0).all() and torch.equal(result.z, z0)
 
 
@@ -663,22 +559,17 @@ def test_trajectories_that_diverge_to_infinity_are_rejected():
 
 def test_a_constant_likelihood_gives_its_value_and_full_ess():
     prior = Independent(Normal(torch.zeros(2).double(), 1.0), 1)
-    result = ais(
-        prior.log_prob, lambda z: -3.0 + 0.0 * z.sum(-1), normal(10, 2, 2), sigmoid_schedule(7),
-        step_size=0.5, num_leapfrog=2, generator=seeded(0),
-    )  # fmt: skip
+    path = prior.log_prob, lambda z: -3.0 + 0.0 * z.sum(-1)
+    result = ais(path, normal(10, 2, 2), (sigmoid_schedule(7), 0.5, 2), generator=seeded(0))
     torch.testing.assert_close(result.log_weights, torch.full((10, 2), -3.0).double())
     torch.testing.assert_close(result.ess, torch.full((7, 2), 10.0).double())
 
 
 def test_the_records_add_up_to_the_weights():
-    _, _, _, densities = linear_gaussian(2, 3, 0.5, num_images=3)
+    _, _, _, path = linear_gaussian(2, 3, 0.5, num_images=3)
     schedule = sigmoid_schedule(12)
     for run, increments in ((ais, schedule.diff()), (reverse_ais, schedule.diff().flip(0))):
-        result = run(
-            *densities, normal(6, 3, 2), schedule, step_size=0.3, num_leapfrog=2,
-            generator=seeded(0),
-        )  # fmt: skip
+        result = run(path, normal(6, 3, 2), (schedule, 0.3, 2), generator=seeded(0))
         integral = (increments[:, None] * result.mean_log_likelihood).sum(0)
         torch.testing.assert_close(integral, result.log_weights.mean(0))
         sign = 1 if run is ais else -1
@@ -687,27 +578,19 @@ def test_the_records_add_up_to_the_weights():
 
 
 def test_weights_are_accumulated_in_double_precision_from_single_precision_densities():
-    _, _, _, (log_prior, _) = linear_gaussian(2, 3, 0.5, num_images=1)
-    result = ais(
-        lambda z: log_prior(z.double()).float(), lambda z: -80.1 + 0.0 * z.sum(-1),
-        torch.zeros(1, 1, 2), sigmoid_schedule(1000), step_size=0.1, num_leapfrog=1,
-        final_transition=False, generator=seeded(0),
-    )  # fmt: skip
+    path = lambda z: -0.5 * z.square().sum(-1), lambda z: -80.1 + 0.0 * z.sum(-1)
+    settings = AISSettings(sigmoid_schedule(1000), 0.1, 1)
+    result = ais(path, torch.zeros(1, 1, 2), settings, generator=seeded(0))
     assert result.log_weights.dtype == torch.float64 and result.z.dtype == torch.float32
     expected = torch.tensor(-80.1, dtype=torch.float32).double()
     torch.testing.assert_close(result.log_weights[0, 0], expected, atol=1e-11, rtol=0)
 
 
 def test_one_seed_one_result_and_the_global_stream_is_left_alone():
-    _, _, _, densities = linear_gaussian(2, 3, 0.5, num_images=3)
+    _, _, _, path = linear_gaussian(2, 3, 0.5, num_images=3)
+    starts, settings = (normal(4, 3, 2), normal(3, 2)), AISSettings(sigmoid_schedule(8), 0.3, 2)
     before = torch.get_rng_state()
-    runs = [
-        bdmc(
-            *densities, normal(4, 3, 2), normal(3, 2), sigmoid_schedule(8), step_size=0.3,
-            num_leapfrog=2, generator=seeded(seed),
-        )
-        for seed in (0, 0, 1)
-    ]  # fmt: skip
+    runs = [bdmc(path, *starts, settings, generator=seeded(seed)) for seed in (0, 0, 1)]
     assert torch.equal(runs[0].gap, runs[1].gap) and not torch.equal(runs[0].gap, runs[2].gap)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -716,27 +599,21 @@ def test_one_seed_one_result_and_the_global_stream_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    "schedule",
-    [
-        torch.tensor([0.0, 0.6, 0.5, 1.0]),
-        torch.tensor([0.0, 0.5, 0.5, 1.0]),
-        torch.tensor([0.1, 0.5, 1.0]),
-        torch.tensor([0.0, 0.5, 0.9]),
-        torch.tensor([0.0, math.nan, 1.0]),
-        torch.tensor([1.0, 0.0]),
-        torch.tensor([1.0]),
-        torch.tensor([[0.0, 1.0]]),
-    ],
-)
-def test_wrong_schedules_are_refused(schedule):
-    _, _, _, densities = linear_gaussian(2, 3, 0.5, num_images=2)
-    with pytest.raises(ValueError, match="schedule must"):
-        ais(*densities, normal(4, 2, 2), schedule, step_size=0.3, num_leapfrog=1)
-
-
-@pytest.mark.parametrize(
     ("change", "message"),
     [
+        *(
+            ({"schedule": torch.tensor(schedule)}, "schedule must")
+            for schedule in (
+                [0.0, 0.6, 0.5, 1.0],
+                [0.0, 0.5, 0.5, 1.0],
+                [0.1, 0.5, 1.0],
+                [0.0, 0.5, 0.9],
+                [0.0, math.nan, 1.0],
+                [1.0, 0.0],
+                [1.0],
+                [[0.0, 1.0]],
+            )
+        ),
         ({"step_size": 0.0}, "step_size must be positive"),
         ({"step_size": math.inf}, "step_size must be positive and finite"),
         ({"step_size": torch.ones(10)}, r"broadcast to \[T, 1, B, 1\] = \(10, 1, 2, 1\).*\(10,\)"),
@@ -754,42 +631,32 @@ def test_wrong_schedules_are_refused(schedule):
         ),
     ],
 )
-def test_wrong_settings_are_refused(change, message):
-    _, _, _, (log_prior, log_likelihood) = linear_gaussian(2, 3, 0.5, num_images=2)
-    arguments = {
-        "log_prior_fn": log_prior,
-        "log_likelihood_fn": log_likelihood,
-        "z0": normal(4, 2, 2),
-        "schedule": sigmoid_schedule(10),
-        "step_size": 0.3,
-        "num_leapfrog": 1,
-    }
+@pytest.mark.parametrize("run", [ais, reverse_ais, tune_step_size])
+def test_wrong_settings_are_refused(run, change, message):
+    _, _, _, path = linear_gaussian(2, 3, 0.5, num_images=2)
+    settings, z0 = AISSettings(sigmoid_schedule(10), 0.3, 1), change.get("z0", normal(4, 2, 2))
+    (name,) = change
+    if name in AISSettings._fields:
+        settings = settings._replace(**change)
+    elif name in AnnealedPath._fields:
+        path = path._replace(**change)
     with pytest.raises(ValueError, match=message):
-        ais(**(arguments | change))
+        run(path, z0, settings)
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"target_acceptance": 1.0},
-        {"factors": (0.98, 1.02)},
-        {"bounds": (0.2, 1.0)},
-    ],
+    ("name", "value"), [("target_acceptance", 1.0), ("bounds", (0.2, 1.0)), ("bounds", (0.0, 1.0))]
 )
-def test_a_wrong_pilot_is_refused(change):
-    _, _, _, densities = linear_gaussian(2, 3, 0.5, num_images=2)
-    (name,) = change
+def test_a_wrong_pilot_is_refused(name, value):
+    _, _, _, path = linear_gaussian(2, 3, 0.5, num_images=2)
     with pytest.raises(ValueError, match=name):
-        tune_step_size(*densities, normal(4, 2, 2), sigmoid_schedule(10), num_leapfrog=1, **change)
+        tune_step_size(path, normal(4, 2, 2), (sigmoid_schedule(10), 0.1, 1), **{name: value})
 
 
 def test_bdmc_refuses_posterior_samples_of_other_images():
-    _, _, _, densities = linear_gaussian(2, 3, 0.5, num_images=2)
+    _, _, _, path = linear_gaussian(2, 3, 0.5, num_images=2)
     with pytest.raises(ValueError, match="z_posterior"):
-        bdmc(
-            *densities, normal(4, 2, 2), normal(3, 2), sigmoid_schedule(10), step_size=0.3,
-            num_leapfrog=1,
-        )  # fmt: skip
+        bdmc(path, normal(4, 2, 2), normal(3, 2), (sigmoid_schedule(10), 0.3, 1))
 
 
 # --- an independent implementation ---------------------------------------------------------------
@@ -798,12 +665,10 @@ def test_bdmc_refuses_posterior_samples_of_other_images():
 def test_normflows_agrees_on_a_shared_target():
     """One image, linear path, fixed step, fresh momentum: the case that normflows.HAIS covers."""
     normflows = pytest.importorskip("normflows")
-    model, x, _, densities = linear_gaussian(3, 4, 0.6, num_images=1)
+    model, x, _, path = linear_gaussian(3, 4, 0.6, num_images=1)
     num_chains, num_temperatures, step_size, num_leapfrog = 600, 30, 0.3, 3
-    ours = ais(
-        *densities, normal(num_chains, 1, 3), linear_schedule(num_temperatures),
-        step_size=step_size, num_leapfrog=num_leapfrog, generator=seeded(1),
-    )  # fmt: skip
+    settings = AISSettings(linear_schedule(num_temperatures), step_size, num_leapfrog)
+    ours = ais(path, normal(num_chains, 1, 3), settings, generator=seeded(1))
 
     class Target:
         def log_prob(self, z):

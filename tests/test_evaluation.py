@@ -1,21 +1,16 @@
-"""Estimates for a trained model against closed forms; blocks, resumption and the command line."""
+"""Estimates for a trained model against closed forms; blocks and resumption."""
 
-import json
 import math
-import os
-import signal
 import subprocess
 import sys
-import time
+from functools import partial
 
 import pytest
-import safetensors.torch
 import torch
 from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
 from amortised import evaluation, results
-from amortised.ais import linear_schedule
 from amortised.encoders import GaussianEncoder
 from amortised.evaluation import (
     BLOCK_SIZE,
@@ -24,15 +19,18 @@ from amortised.evaluation import (
     hais_ll,
     importance_sampling_ll,
     load_module,
-    main,
 )
 from amortised.fast import log_likelihood_and_grad
+from amortised.files import OutOfTimeError, Work
 from amortised.models import ConvBernoulli, LinearGaussian
 from amortised.objectives import elbo
-from amortised.training import CheckpointLockedError, checkpoint_lock
 
-WHOLE = {"chunk_size": 10**6}  # small models gain nothing from chunks that fit a cache
 FAST = {"num_chains": 3, "pilot_chains": 2, "num_temperatures": 4, "num_leapfrog": 1}
+
+
+def whole(model):
+    """Small models gain nothing from chunks that fit a cache."""
+    return partial(log_likelihood_and_grad, model, chunk_size=10**6)
 
 
 def seeded(seed):
@@ -147,14 +145,9 @@ def test_importance_sampling_streams():
 )
 def test_annealing_finds_the_evidence(method, start):
     model, x = linear_gaussian(latent_dim=4, observation_dim=6, num_images=20)
-    estimate = hais_ll(
-        model,
-        x,
-        num_temperatures=100,
-        **WHOLE,
-        start=None if start is None else start(model),
-        **method,
-    )
+    start = None if start is None else start(model)
+    likelihood = whole(model)
+    estimate = hais_ll(model, x, num_temperatures=100, likelihood=likelihood, start=start, **method)
     assert_unbiased(estimate, model.log_evidence(x))
     assert estimate.log_likelihood.shape == estimate.acceptance_rate.shape == (20,)
     assert ((estimate.acceptance_rate > 0.4) & (estimate.acceptance_rate <= 1)).all()
@@ -165,9 +158,9 @@ def test_the_pilot_is_another_run_than_the_one_reported():
     model, x = linear_gaussian(num_images=2)
     starts = []
 
-    def route(x):
+    def likelihood(x):
         evaluate = log_likelihood_and_grad(model, x, "eager")
-        fresh = []  # nothing evaluated yet by this route
+        fresh = []  # nothing evaluated yet by this callable
 
         def value_and_grad_fn(z):
             if not fresh or fresh[-1] != len(z):
@@ -177,7 +170,7 @@ def test_the_pilot_is_another_run_than_the_one_reported():
 
         return value_and_grad_fn
 
-    hais_ll(model, x, num_chains=30, num_temperatures=2, num_leapfrog=1, route=route)
+    hais_ll(model, x, num_chains=30, num_temperatures=2, num_leapfrog=1, likelihood=likelihood)
     pilot, run = starts
     assert pilot.shape == (20, 2, 2) and run.shape == (30, 2, 2)
     assert len(torch.cat([pilot.flatten(), run.flatten()]).unique()) == 200
@@ -185,14 +178,15 @@ def test_the_pilot_is_another_run_than_the_one_reported():
 
 def test_bidirectional_bounds_hold_the_evidence_between_them():
     model, _ = linear_gaussian(latent_dim=3, observation_dim=4)
-    bounds = bdmc_ll(model, 230, num_chains=4, num_temperatures=20, num_leapfrog=2, **WHOLE)
+    settings = {"likelihood": whole(model), "num_chains": 4, "num_leapfrog": 2}
+    bounds = bdmc_ll(model, 230, num_temperatures=20, **settings)
     truth = model.log_evidence(bounds.x.double())
     assert bounds.lower.shape == bounds.upper.shape == bounds.ess.shape == (230,)
     for error in (truth - bounds.lower, bounds.upper - truth):
         assert error.mean() > -3 * error.std() / math.sqrt(230)
     wide = bounds.expected_gap
     assert wide.mean > 3 * wide.se
-    tighter = bdmc_ll(model, 230, num_chains=4, num_temperatures=80, num_leapfrog=2, **WHOLE)
+    tighter = bdmc_ll(model, 230, num_temperatures=80, **settings)
     assert torch.equal(tighter.x, bounds.x)  # the same pairs, whatever the other settings
     narrow = tighter.expected_gap
     assert narrow.mean < wide.mean - 3 * math.hypot(narrow.se, wide.se)
@@ -201,7 +195,9 @@ def test_bidirectional_bounds_hold_the_evidence_between_them():
 def test_paired_differences_between_two_models_on_the_same_images():
     model, x = linear_gaussian(num_images=30)
     other = LinearGaussian(model.weight, model.bias + 0.3, 0.7)
-    first, second = (hais_ll(m, x, num_temperatures=50, **WHOLE) for m in (model, other))
+    first, second = (
+        hais_ll(m, x, num_temperatures=50, likelihood=whole(m)) for m in (model, other)
+    )
     found = results.paired_difference(first.log_likelihood, second.log_likelihood)
     truth = results.paired_difference(model.log_evidence(x), other.log_evidence(x))
     noise = torch.cat([first.monte_carlo_se, second.monte_carlo_se]).square().sum().sqrt() / 30
@@ -219,9 +215,8 @@ def test_the_fitted_proposal_is_the_best_of_its_family():
             torch.manual_seed(0)
             encoder = GaussianEncoder(2, trunk=nn.Identity(), num_features=3).double()
         fit_gaussian_proposal(
-            model, x, epochs=300, batch_size=300, learning_rate=0.05, encoder=encoder,
-            dynamic_binarisation=False,
-        )  # fmt: skip
+            model, x, epochs=300, batch_size=300, learning_rate=0.05, encoder=encoder
+        )
         runs.append(encoder)
     assert torch.equal(runs[0].head.weight, runs[1].head.weight)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -272,29 +267,41 @@ def conv_model():
 @pytest.mark.parametrize("chunk_size", [16, 101, 250])
 def test_the_memory_limit_changes_no_number(chunk_size, route):
     model, x = conv_model()
-    whole = hais_ll(model, x, route=route, chunk_size=300, **FAST)
-    pieces = hais_ll(model, x, route=route, chunk_size=chunk_size, **FAST)
-    assert torch.equal(whole.log_likelihood, pieces.log_likelihood)
-    assert torch.equal(whole.acceptance_rate, pieces.acceptance_rate)
+    likelihood = partial(log_likelihood_and_grad, model, route=route)
+    at_once, pieces = (
+        hais_ll(model, x, likelihood=partial(likelihood, chunk_size=size), **FAST)
+        for size in (300, chunk_size)
+    )
+    assert torch.equal(at_once.log_likelihood, pieces.log_likelihood)
+    assert torch.equal(at_once.acceptance_rate, pieces.acceptance_rate)
 
 
 def test_routes_and_precisions_estimate_one_quantity():
     """The same random numbers; forces in bfloat16 bend the paths, not what they estimate."""
     model, x = conv_model()
     x, settings = x[:6], {"num_chains": 10, "num_temperatures": 12, "num_leapfrog": 2}
-    exact = hais_ll(model, x, route="eager", **settings)
+    likelihood = partial(log_likelihood_and_grad, model)
+    exact = hais_ll(model, x, likelihood=partial(likelihood, route="eager"), **settings)
     for other in (
-        hais_ll(model, x, route="rewritten", **settings),
-        hais_ll(
-            model,
-            x,
-            route=lambda x: log_likelihood_and_grad(model, x, "eager"),
-            **settings,
-        ),
-        hais_ll(model, x, route="rewritten", dtype=torch.bfloat16, **settings),
+        partial(likelihood, route="rewritten"),
+        partial(likelihood, route="rewritten", dtype=torch.bfloat16),
+        lambda x: likelihood(x, "eager").__call__,  # a plain function, of one's own
     ):
-        noise = torch.hypot(exact.monte_carlo_se, other.monte_carlo_se) + 1e-3
-        assert ((other.log_likelihood - exact.log_likelihood).abs() < 4 * noise).all()
+        found = hais_ll(model, x, likelihood=other, **settings)
+        noise = torch.hypot(exact.monte_carlo_se, found.monte_carlo_se) + 1e-3
+        assert ((found.log_likelihood - exact.log_likelihood).abs() < 4 * noise).all()
+
+
+def test_low_precision_is_for_the_forces_only():
+    """The weight of one temperature is the log-likelihood in the model's own type."""
+    model, x = conv_model()
+    settings = {"num_chains": 2, "num_temperatures": 1, "num_leapfrog": 1}
+    likelihood = partial(log_likelihood_and_grad, model)
+    exact = hais_ll(model, x[:6], likelihood=likelihood, **settings)
+    coarse = partial(likelihood, dtype=torch.bfloat16)
+    found = hais_ll(model, x[:6], likelihood=coarse, **settings)
+    torch.testing.assert_close(found.log_likelihood, exact.log_likelihood, atol=1e-4, rtol=0)
+    assert not torch.equal(found.acceptance_rate, exact.acceptance_rate)
 
 
 def test_a_block_repeats_alone_and_differs_from_others():
@@ -305,10 +312,10 @@ def test_a_block_repeats_alone_and_differs_from_others():
         lambda x, seed=0: hais_ll(model, x, seed=seed, **FAST),
         lambda x, seed=0: importance_sampling_ll(model, proposal, x, num_samples=7, seed=seed),
     ):
-        whole = run(x).log_likelihood
-        assert torch.equal(run(x[:200]).log_likelihood, whole[:200])
-        assert len(whole.unique()) == 250  # no two images share random numbers
-        assert not torch.equal(run(x, 1).log_likelihood, whole)
+        values = run(x).log_likelihood
+        assert torch.equal(run(x[:200]).log_likelihood, values[:200])
+        assert len(values.unique()) == 250  # no two images share random numbers
+        assert not torch.equal(run(x, 1).log_likelihood, values)
 
 
 def test_global_streams_are_left_alone():
@@ -318,103 +325,71 @@ def test_global_streams_are_left_alone():
     hais_ll(model, x, **FAST)
     importance_sampling_ll(model, mean_field(model), x, num_samples=3)
     bdmc_ll(model, 3, **FAST)
-    fit_gaussian_proposal(
-        model, x, epochs=1, batch_size=5, dynamic_binarisation=False,
-        encoder=encoder,
-    )  # fmt: skip
+    fit_gaussian_proposal(model, x, epochs=1, batch_size=5, encoder=encoder)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-class Stopped(Exception):
-    pass
+def estimators():
+    model, x = linear_gaussian(num_images=250)
+    return {
+        "annealing": partial(hais_ll, model, x, **FAST),
+        "bounds": partial(bdmc_ll, model, 250, **FAST),
+        "sampling": partial(importance_sampling_ll, model, mean_field(model), x, num_samples=5),
+    }
 
 
-def stop_at_block(monkeypatch, number):
-    """Let the process stop in the middle of a block, as Ctrl-C would."""
-    original = evaluation._path
-    blocks = []
+def assert_same(one, other):
+    """Everything but the wall time."""
+    for name, value in one._asdict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, getattr(other, name)), name
 
-    def path(*arguments):
-        blocks.append(1)
-        if len(blocks) > number:
-            raise Stopped
-        return original(*arguments)
 
-    monkeypatch.setattr(evaluation, "_path", path)
+@pytest.mark.parametrize("name", estimators())
+def test_out_of_time_it_stops_after_each_block_and_ends_with_the_same_numbers(
+    name, tmp_path, monkeypatch
+):
+    run, work = estimators()[name], Work(tmp_path, name, stop_at=-math.inf)
+    for done in (100, 200):
+        with pytest.raises(OutOfTimeError, match=f"{done} of 250 images are done"):
+            run(work=work)
+    assert_same(run(work=work), run())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{name}-00{i}.stage" for i in range(3)]
+    monkeypatch.delattr(evaluation._Block, "seeding_all")  # no block can be worked on now
+    again = run(work=work)
+    seconds = [work.load(f"00{i}")["seconds"].item() for i in range(3)]
+    assert again.seconds == pytest.approx(sum(seconds)) and min(seconds) > 0
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2])
-def test_a_resumed_evaluation_equals_an_uninterrupted_one(tmp_path, monkeypatch, blocks):
+def test_killed_in_a_block_it_goes_on_after_the_last_finished_one(tmp_path, blocks):
     model, x = linear_gaussian(num_images=250)
-    whole = hais_ll(model, x, **FAST)
-    checkpoint = tmp_path / "partial"
-    with monkeypatch.context() as patch:
-        stop_at_block(patch, blocks)
-        with pytest.raises(Stopped):
-            hais_ll(model, x, checkpoint=checkpoint, **FAST)
-    assert checkpoint.exists() == (blocks > 0)
-    with monkeypatch.context() as patch:  # only the remaining blocks are computed
-        stop_at_block(patch, 3 - blocks)
-        resumed = hais_ll(model, x, checkpoint=checkpoint, **FAST)
-    assert torch.equal(resumed.log_likelihood, whole.log_likelihood)
-    assert torch.equal(resumed.ess, whole.ess)
-    with monkeypatch.context() as patch:  # and a finished one computes nothing
-        stop_at_block(patch, 0)
-        again = hais_ll(model, x, checkpoint=checkpoint, **FAST)
-    assert torch.equal(again.acceptance_rate, whole.acceptance_rate)
+    sampling = partial(importance_sampling_ll, model, x=x, num_samples=7)
+
+    def for_first(num_blocks):
+        left = iter(range(num_blocks))
+
+        def proposal(x):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return mean_field(model)(x)
+
+        return proposal
+
+    with pytest.raises(KeyboardInterrupt):
+        sampling(for_first(blocks), work=Work(tmp_path))
+    assert len(list(tmp_path.iterdir())) == blocks
+    resumed = sampling(for_first(3 - blocks), work=Work(tmp_path))  # the other blocks, no more
+    assert_same(resumed, sampling(mean_field(model)))
 
 
-def test_other_estimators_resume_too(tmp_path):
-    model, x = linear_gaussian(num_images=150)
-    runs = {
-        "is": lambda **keep: importance_sampling_ll(
-            model, mean_field(model), x, num_samples=5, **keep
-        ),
-        "bdmc": lambda **keep: bdmc_ll(model, 150, **FAST, **keep),
-    }
-    for name, run in runs.items():
-        whole, kept = run(), run(checkpoint=tmp_path / name)
-        again = run(checkpoint=tmp_path / name)
-        for first, second, third in zip(whole[:2], kept[:2], again[:2], strict=True):
-            assert torch.equal(first, second) and torch.equal(first, third)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_chains": 4}, "num_chains: 3 in the file, 4 now"),
-        ({"seed": 1}, "seed: 0 in the file, 1 now"),
-        ({"num_temperatures": 5}, "schedule: "),
-        ({"schedule_fn": linear_schedule}, "schedule: "),
-        ({"config": {"note": "b"}}, "config.note: absent in the file, b now"),
-        ({"route": "eager"}, "route: auto in the file, eager now"),
-        ({"start": "mean field"}, "start: None in the file, mean_field"),
-    ],
-)
-def test_a_checkpoint_of_another_evaluation_is_refused_by_name(tmp_path, change, message):
-    model, x = linear_gaussian()
-    hais_ll(model, x, checkpoint=tmp_path / "partial", **FAST)
-    if "start" in change:
-        change = {"start": mean_field(model)}
-    with pytest.raises(ValueError, match="is of another evaluation") as caught:
-        hais_ll(model, x, checkpoint=tmp_path / "partial", **(FAST | change))
-    assert message in str(caught.value) and str(caught.value).count("now") == 1
-
-
-def test_a_checkpoint_of_other_weights_or_images_is_refused(tmp_path):
-    model, x = linear_gaussian()
-    checkpoint = tmp_path / "partial"
-    hais_ll(model, x, checkpoint=checkpoint, **FAST)
-    other = LinearGaussian(model.weight, model.bias + 1, 0.7)
-    for arguments, name in (((other, x), "model"), ((model, x + 1), "images")):
-        with pytest.raises(ValueError, match=f"\n  {name}: .* in the file"):
-            hais_ll(*arguments, checkpoint=checkpoint, **FAST)
-
-
-def test_two_processes_do_not_share_a_checkpoint(tmp_path):
-    model, x = linear_gaussian()
-    with checkpoint_lock(tmp_path / "partial"), pytest.raises(CheckpointLockedError):
-        hais_ll(model, x, checkpoint=tmp_path / "partial", **FAST)
+def test_a_block_of_another_number_of_images_is_refused(tmp_path):
+    model, x = linear_gaussian(num_images=130)
+    run = partial(importance_sampling_ll, model, mean_field(model), num_samples=3)
+    run(x, work=Work(tmp_path))
+    assert_same(run(x[:100], work=Work(tmp_path)), run(x[:100]))
+    with pytest.raises(ValueError, match=r"work-001.stage is not of images 100 to 119; remove"):
+        run(x[:120], work=Work(tmp_path))
 
 
 def test_ten_thousand_chains_of_the_decoder_fit_in_two_gigabytes():
@@ -443,7 +418,7 @@ def test_observations_must_fit_the_model():
             importance_sampling_ll(model, model.posterior, bad)
         with pytest.raises(ValueError, match=r"images must be \[N, 3\]"):
             fit_gaussian_proposal(model, bad)
-    with pytest.raises(ValueError, match=r"zeros and ones; got values from 0 to 0\.5"):
+    with pytest.raises(ValueError, match=r"zeros and ones, not 0 to 0\.5"):
         hais_ll(ConvBernoulli(2), torch.tensor([0.0, 0.5]).expand(1, 2).repeat(3, 392))
     with pytest.raises(ValueError, match="x is on meta and the model on cpu"):
         hais_ll(model, x.to("meta"))
@@ -455,6 +430,13 @@ def test_counts_must_be_positive_integers(name):
     for bad in (0, 2.0, True):
         with pytest.raises(ValueError, match=f"{name} must be an integer, at least 1"):
             hais_ll(model, x, **(FAST | {name: bad}))
+
+
+def test_settings_of_another_name_are_refused_with_a_list_of_those_there_are():
+    model, x = linear_gaussian()
+    for run in (partial(hais_ll, model, x), partial(bdmc_ll, model, 2)):
+        with pytest.raises(TypeError, match="called num_chain; choose from num_chains, num_temp"):
+            run(num_chain=3)
 
 
 def test_proposals_must_be_one_per_image():
@@ -482,155 +464,22 @@ def test_a_weight_that_is_not_a_number_names_its_image():
         hais_ll(model, x, **FAST)
 
 
-# --- command line --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Files of an untrained decoder and encoder with four latents."""
-    folder = tmp_path_factory.mktemp("weights")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for kind in (ConvBernoulli, GaussianEncoder):
-            architecture = {"class": kind.__name__, "latent_dim": 4}
-            path = folder / f"{kind.__name__}.safetensors"
-            results.save_weights(path, kind(4), architecture)
-    return folder
-
-
-def command(weights, output, *more, images=150):
-    return [
-        str(weights / "ConvBernoulli.safetensors"), f"--output={output}", f"--images={images}",
-        "--num-chains=3", "--pilot-chains=2", "--num-temperatures=4", "--num-leapfrog=1", *more,
-    ]  # fmt: skip
-
-
-def test_the_command_writes_what_the_function_returns(weights, tmp_path, capsys):
-    output = tmp_path / "out.json"
-    proposal = f"--proposal={weights / 'GaussianEncoder.safetensors'}"
-    assert main(command(weights, output, proposal, "--num-samples=6")) == 0
-    printed = capsys.readouterr()
-    assert "log_likelihood: -6" in printed.out and "AIS+HMC, 3 chains" in printed.out
-    assert "samples" in printed.err  # the progress bar
-
-    record = json.loads(output.read_text())
-    values = safetensors.torch.load_file(tmp_path / "out.per_image.safetensors")
-    model = load_module(weights / "ConvBernoulli.safetensors")
-    encoder = load_module(weights / "GaussianEncoder.safetensors")
-    x = evaluation.data.load_mnist_binary("test").images[:150]
-    expected = hais_ll(model, x, **FAST)
-    sampled = importance_sampling_ll(model, encoder, x, num_samples=6)
-    assert torch.equal(values["log_likelihood"], expected.log_likelihood.float())
-    assert torch.equal(values["importance_sampling_ll"], sampled.log_likelihood.float())
-    assert record["metrics"]["log_likelihood"]["mean"] == pytest.approx(expected.summary.mean)
-    assert record["config"]["num_chains"] == 3 and record["provenance"]["wall_seconds"] > 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "out.json",
-        "out.per_image.safetensors",
-    ]
-
-    assert main(command(weights, output, proposal, "--num-samples=6")) == 0
-    assert "holds this evaluation already" in capsys.readouterr().out
-
-
-def test_the_command_anneals_from_the_proposal_and_bounds_simulated_pairs(
-    weights, tmp_path, capsys
-):
-    proposal = f"--proposal={weights / 'GaussianEncoder.safetensors'}"
-    arguments = command(weights, tmp_path / "a.json", proposal, "--start=proposal", images=3)
-    assert main([*arguments, "--num-samples=6", "--persistence=0.9"]) == 0
-    assert "HAIS, 3 chains" in capsys.readouterr().out
-    assert main([*command(weights, tmp_path / "b.json"), "--simulated=4"]) == 0
-    metrics = json.loads((tmp_path / "b.json").read_text())["metrics"]
-    assert metrics["gap"]["n"] == 4
-    assert metrics["lower_bound"]["mean"] < metrics["upper_bound"]["mean"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nowhere.safetensors"], "there is no file nowhere.safetensors"),
-        (["damaged.safetensors"], "damaged"),
-        (["{weights}/GaussianEncoder.safetensors"], "GaussianEncoder, which is no decoder"),
-        (["{model}", "--device=gpu0"], "--device gpu0: must be a device of this machine"),
-        (["{model}", "--images=1"], "--images 1: must be from 2 to 10000"),
-        (["{model}", "--images=10001"], "--images 10001: must be from 2 to 10000"),
-        (["{model}", "--split=train"], "split"),
-        (["{model}", "--num-chains=0"], "num_chains must be an integer, at least 1; got 0"),
-        (["{model}", "--persistence=1"], "persistence must lie in [0, 1)"),
-        (["{model}", "--start=proposal"], "--start proposal: name its weights"),
-        (["{model}", "--num-chain=x"], "invalid int value: 'x'"),
-    ],
-)
-def test_the_command_names_what_is_wrong(
-    weights, tmp_path, monkeypatch, capsys, arguments, message
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "damaged.safetensors").write_bytes(b"damaged")
-    names = {"weights": weights, "model": weights / "ConvBernoulli.safetensors"}
-    with pytest.raises(SystemExit) as caught:
-        main([argument.format(**names) for argument in arguments] + ["--output=out.json"])
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
-    assert not (tmp_path / "out.json").exists()
+# --- networks from files -------------------------------------------------------------------------
 
 
 def test_files_that_describe_no_network_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"a\.safetensors"):
+        load_module(path)
+    path.write_bytes(b"damaged")
+    with pytest.raises(results.ResultError, match=r"a\.safetensors is damaged"):
+        load_module(path)
     for architecture, message in (
         ({"class": "Linear"}, "'Linear', which is no model or encoder"),
         ({"class": "conv_trunk"}, "'conv_trunk', which is no model or encoder"),
-        ({"class": "ConvBernoulli", "width": 3}, "cannot build ConvBernoulli"),
+        ({"class": "ConvBernoulli", "width": 3}, r"ConvBernoulli.* argument 'width'"),
+        ({"latent_dim": 3}, "class"),
     ):
-        results.save_weights(tmp_path / "a.safetensors", nn.Linear(1, 1), architecture)
+        results.save_weights(path, nn.Linear(1, 1), architecture)
         with pytest.raises(results.ResultError, match=message):
-            load_module(tmp_path / "a.safetensors")
-
-
-def test_the_command_does_not_overwrite_or_mix_evaluations(weights, tmp_path, capsys, monkeypatch):
-    output = tmp_path / "out.json"
-    assert main(command(weights, output, images=3)) == 0
-    with pytest.raises(SystemExit):
-        main(command(weights, output, images=4))
-    assert "images: 3 in the file, 4 now" in capsys.readouterr().err
-
-    unfinished = tmp_path / "unfinished.json"
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "ais", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(SystemExit) as caught:
-            main(command(weights, unfinished))
-    assert caught.value.code == 130 and "goes on after" in capsys.readouterr().err
-
-
-def test_an_evaluation_killed_outright_goes_on_and_ends_with_the_same_numbers(weights, tmp_path):
-    """kill -9 once a block is on disk, then the same command again."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def start(output):
-        arguments = command(weights, output, "--num-temperatures=8", images=200)
-        return subprocess.Popen(
-            [sys.executable, "-m", "amortised.evaluation", *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-    killed, whole = tmp_path / "killed.json", tmp_path / "whole.json"
-    process, other = start(killed), start(whole)
-    partial = tmp_path / "killed.json.ais.partial"
-    deadline = time.monotonic() + 120
-    while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not killed.exists()
-    kept = len(evaluation.read_checkpoint(partial)["values"]["log_likelihood"])
-    assert kept == 100
-
-    resumed = start(killed)
-    for process in (resumed, other):
-        _, error = process.communicate()
-        assert process.returncode == 0, error
-    first, second = (json.loads(path.read_text()) for path in (killed, whole))
-    assert first["metrics"] == second["metrics"]
-    assert first["per_image_sha256"] == second["per_image_sha256"]
+            load_module(path)

@@ -1,69 +1,56 @@
-"""The fast path of training against the plain one, and what capturing a graph puts back."""
+"""The fast path of training against the plain one, and steps that a CUDA graph can hold."""
 
 from functools import partial
 
 import pytest
 import torch
-from torch import nn
 
-from amortised import adversarial, amc, data, fast, numerics, recipes
-from amortised.adversarial import Discriminator
-from amortised.encoders import ImplicitEncoder
+from amortised import adversarial, data, fast, numerics, recipes
+from amortised.cuda import CapturedFunction
 from amortised.experiments import load_studies, select
 from amortised.fast import RefreshedLikelihood
-from amortised.models import ConvBernoulli
 from amortised.numerics import argument_validation
-from amortised.recipes import Run
-from amortised.training import CudaGraphStep, _remember
 
-NUM_STEPS, BATCH = 100, 4
+NUM_STEPS, BATCH = 100, 8
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+ROWS = {
+    f"{e.row} {e.config['rule']}": e.config
+    for e in select(load_studies(), "amc_table1", scale="full", seed=0)
+}
+ROWS["mmd"] = ROWS["amc_cnn_g_t5 gan"] | {"rule": "mmd", "num_student_samples": 8}
 
 
 @pytest.fixture(scope="module")
 def grey():
-    return data.load_mnist("train").images[: 8 * NUM_STEPS].reshape(NUM_STEPS, 8, 784)
+    return data.load_mnist("train").images[: BATCH * NUM_STEPS].reshape(NUM_STEPS, BATCH, 784)
 
 
-def train(batches, *, fast, graph=False, device="cpu"):
-    """Amortised MCMC for as many steps as there are batches: losses ``[steps, 3]``, the decoder."""
-    with torch.random.fork_rng(devices=[device] if device != "cpu" else []):
-        torch.manual_seed(0)
-        networks = {
-            "model": ConvBernoulli(),
-            "encoder": ImplicitEncoder(trunk=nn.Flatten(), num_features=784, num_hidden=32),
-            "discriminator": Discriminator(trunk=nn.Flatten(), num_features=784, num_hidden=32),
-        }
-        optimizers = {}
-        for name, network in networks.items():
-            network.to(device, memory_format=torch.channels_last)  # as the recipes do
-            rate = torch.tensor(1e-3, device=device) if graph else 1e-3
-            optimizers[name] = torch.optim.Adam(network.parameters(), rate, capturable=graph)
-        model = networks["model"]
-        route = RefreshedLikelihood(model) if fast else None
-        teacher = partial(amc.teacher_samples, model, num_steps=10, step_size=0.02, route=route)
+def step_of(row, device, *, plain=False, graph=False, num_steps=3):
+    """The step of a row on grey images and their numbers, and its decoder."""
+    config = ROWS[row] | {"training_images": BATCH, "chain_dtype": "float32"}
+    config["num_steps"] = min(config["num_steps"], num_steps)
+    training = recipes.amc_training(config, device, plain=plain)
 
-        def step(x):
-            return amc.amc_step(
-                data.binarise(x),
-                model,
-                networks["encoder"],
-                optimizers,
-                teacher=teacher,
-                discriminator=networks["discriminator"],
-            )
+    def step(grey, index):
+        return training.step(data.binarise(grey), index)
 
-        if graph:
-            state = networks | {f"optimizer {k}": v for k, v in optimizers.items()}
-            step = CudaGraphStep(step, state)
-        with argument_validation(not graph):
-            losses = [torch.stack(list(step(x.to(device)).values())).cpu() for x in batches]
-    return torch.stack(losses), model
+    state = training.networks | {f"{k} optimizer": o for k, o in training.optimizers.items()}
+    return CapturedFunction(step, state) if graph else step, training.networks["decoder"]
+
+
+def train(batches, device="cpu", **options):
+    """Amortised MCMC, a step for each batch: losses ``[steps, losses]`` and the decoder."""
+    torch.manual_seed(0)
+    step, decoder = step_of("amc_cnn_g_t5 gan", device, num_steps=5, **options)
+    index = torch.arange(BATCH, device=device)
+    with argument_validation(False):
+        losses = [torch.stack(list(step(x.to(device), index).values())).cpu() for x in batches]
+    return torch.stack(losses), decoder
 
 
 def test_fast_drift_trains_as_the_plain_one(grey):
-    plain, plain_model = train(grey, fast=False)
-    fast, fast_model = train(grey, fast=True)
+    plain, plain_model = train(grey, plain=True)
+    fast, fast_model = train(grey)
     # One draw of the noise, so that only rounding differs; it grows, since training is a feedback.
     assert (fast[:5] - plain[:5]).abs().max() < 1e-3
     assert ((fast - plain).abs() / plain.abs().clamp(min=1.0)).max() < 0.01
@@ -72,122 +59,36 @@ def test_fast_drift_trains_as_the_plain_one(grey):
         assert (fast_model.state_dict()[name] - value).abs().max() < 0.01, name
 
 
-# --- steps that a CUDA graph can hold ------------------------------------------------------------
-
-
-ROWS = {
-    f"{e.row} {e.config['rule']}": e.config
-    for e in select(load_studies(), "amc_table1", scale="full", seed=0)
-}
-ROWS["mmd"] = ROWS["amc_cnn_g_t5 gan"] | {"rule": "mmd", "num_student_samples": 8}
-
-
-def step_of(config, device, num_models=1):
-    """A step of the recipe, on networks as the recipe makes them, and what it changes."""
-    config = config | {"num_steps": min(config["num_steps"], 3), "training_images": 2 * BATCH}
-    run = Run(*("amc_table1", "row", "full", 0), config, device, *[None] * 4)
-    members = [recipes._amc_networks(run) for _ in range(num_models)]
-    networks = members[0] if num_models == 1 else recipes._side_by_side(members)
-    optimizers = {
-        "model" if name == "decoder" else name: recipes._adam(run, network, 1e-3)
-        for name, network in networks.items()
-        if name != "chains"
-    }
-    step = recipes._amc_step(config, networks, optimizers)
-    changed = networks | {f"optimizer of {name}": o for name, o in optimizers.items()}
-    return (lambda grey, index: step(data.binarise(grey), index)), changed
-
-
-@pytest.mark.parametrize("num_models", [1, 3])
 @pytest.mark.parametrize("row", ROWS)
-def test_a_captured_step_looks_at_no_value(row, num_models, monkeypatch):
+def test_a_captured_step_looks_at_no_value(row, monkeypatch):
     """Tensors on the meta device have shapes and no values, so that looking at one is an error."""
-    if row == "mmd" and num_models > 1:
-        pytest.skip("several samples of the student are not trained side by side")
     for module in (adversarial, fast, numerics):
         monkeypatch.setattr(module, "is_capturing", lambda: True)
     monkeypatch.setattr(recipes, "RefreshedLikelihood", partial(RefreshedLikelihood, route="dense"))
     # Normal.sample checks its scales where Python does not see it.
     monkeypatch.delattr(torch, "normal")
-    step, _ = step_of(ROWS[row], torch.device("meta"), num_models)
-    grey = torch.empty(num_models * BATCH, 784, device="meta")
-    index = torch.empty(num_models * BATCH, dtype=torch.int64, device="meta")
+    step, _ = step_of(row, torch.device("meta"))
+    grey = torch.empty(BATCH, 784, device="meta")
+    index = torch.empty(BATCH, dtype=torch.int64, device="meta")
     with argument_validation(False):
         for _ in range(2):
             assert all(loss.shape == () for loss in step(grey, index).values())
 
 
 @needs_cuda
-@pytest.mark.parametrize("num_models", [1, 3])
 @pytest.mark.parametrize("row", ROWS)
-def test_every_row_can_be_captured(row, num_models, grey):
-    if row == "mmd" and num_models > 1:
-        pytest.skip("several samples of the student are not trained side by side")
-    device = torch.device("cuda")
-    step, changed = step_of(ROWS[row], device, num_models)
-    captured = CudaGraphStep(step, changed)
-    x = grey.flatten(0, 1)[:BATCH].repeat(num_models, 1).to(device)
-    index = torch.arange(num_models * BATCH, device=device)
+def test_every_row_can_be_captured(row, grey):
+    step, _ = step_of(row, "cuda", graph=True)
+    x, index = grey[0].cuda(), torch.arange(BATCH).cuda()
     with argument_validation(False):
-        losses = [torch.stack(list(captured(x, index).values())).cpu() for _ in range(5)]
-    losses = torch.stack(losses)
+        losses = torch.stack([torch.stack(list(step(x, index).values())) for _ in range(5)])
     assert losses.isfinite().all() and (losses[0] != losses[-1]).any()
-
-
-def test_what_a_capture_changed_is_put_back():
-    torch.manual_seed(0)
-    network, table = nn.Linear(3, 2), torch.randn(4)
-    old, new = nn.Linear(2, 1), nn.Linear(2, 1)
-    optimizers = {n: torch.optim.Adam(m.parameters()) for n, m in (("old", old), ("new", new))}
-
-    def change(name, module):
-        module(torch.ones(1, 2)).sum().backward()
-        optimizers[name].step()
-
-    change("old", old)  # has moments already, as after a checkpoint
-    state = {"network": network, "table": table, "old": old, "new": new} | {
-        f"optimizer {name}": optimizer for name, optimizer in optimizers.items()
-    }
-    before = [p.clone() for m in (network, old, new) for p in m.parameters()] + [table.clone()]
-    moments = [v.clone() for s in optimizers["old"].state.values() for v in s.values()]
-    addresses = [p.data_ptr() for p in network.parameters()]
-
-    put_back = _remember(state)
-    with torch.no_grad():
-        table.mul_(2.0)
-        for parameter in network.parameters():
-            parameter.add_(1.0)
-    for _ in range(3):
-        change("old", old)
-        change("new", new)
-    put_back()
-
-    after = [p for m in (network, old, new) for p in m.parameters()] + [table]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert addresses == [p.data_ptr() for p in network.parameters()]
-    found = [v for s in optimizers["old"].state.values() for v in s.values()]
-    assert all(torch.equal(a, b) for a, b in zip(moments, found, strict=True))
-    fresh = [v for s in optimizers["new"].state.values() for v in s.values()]
-    assert fresh and all((value == 0).all() for value in fresh)
-
-
-def test_what_cannot_be_put_back_is_refused():
-    with pytest.raises(TypeError, match=r"state\['scheduler'\] is a dict"):
-        _remember({"scheduler": {}})
 
 
 @needs_cuda
 def test_captured_step_trains_as_the_plain_one(grey):
-    eager, _ = train(grey, fast=False, device="cuda")
-    captured, model = train(grey, fast=True, graph=True, device="cuda")
+    eager, _ = train(grey, "cuda", plain=True)
+    captured, model = train(grey, "cuda", graph=True)
     assert (captured[:3] - eager[:3]).abs().max() < 0.05
     assert ((captured - eager).abs() / eager.abs().clamp(min=1.0)).mean() < 0.05
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
-
-
-@needs_cuda
-def test_captured_step_refuses_another_shape():
-    step = CudaGraphStep(lambda x: {"loss": x.mean()}, {})
-    step(torch.ones(3, device="cuda"))
-    with pytest.raises(ValueError, match=r"takes batches of shape \(3,\); got \(2,\)"):
-        step(torch.ones(2, device="cuda"))

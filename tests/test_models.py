@@ -94,7 +94,7 @@ def test_ancestral_samples_have_the_model_covariance():
 
 
 def test_linear_gaussian_refuses_bad_arguments():
-    with pytest.raises(ValueError, match=r"\(3, 2\) and \(2,\)"):
+    with pytest.raises(ValueError, match=r"\(3, 2\), \(2,\)"):
         LinearGaussian(torch.zeros(3, 2), torch.zeros(2), 1.0)
     for scale in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="positive scalar"):
@@ -103,7 +103,7 @@ def test_linear_gaussian_refuses_bad_arguments():
 
 def test_shapes_are_checked_with_the_shape_in_the_message():
     model, x = linear_gaussian()
-    with pytest.raises(ValueError, match=r"latent_dim=2; got shape \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"latent_dim=2; got \(5, 4\)"):
         model.log_joint(x, torch.zeros(5, 4, dtype=torch.float64))
     conv = ConvBernoulli()
     with pytest.raises(ValueError, match=r"observation_dim=784; got shape \(1, 28, 28\)"):
@@ -169,3 +169,17 @@ def test_conv_trunk_mirrors_the_decoder():
     assert [(m.in_channels, m.out_channels) for m in sides] == [(1, 16), (16, 32), (32, 32)]
     assert sum(isinstance(m, nn.LeakyReLU) for m in conv_trunk(negative_slope=0.2)) == 4
     assert conv_trunk(64)(torch.zeros(2, 784)).shape == (2, 64)
+
+
+def test_a_decoder_starts_at_the_mean_pixel():
+    """One bias for the image of a convolution, one for each pixel of a dense layer."""
+    images = (torch.rand(200, 784) < 0.13).float() * torch.rand(200, 784)
+    conv, dense = ConvBernoulli(), BernoulliDecoder(nn.Linear(2, 784), 2, 784)
+    for model, mean in ((conv, images.mean().reshape(1)), (dense, images.mean(0))):
+        weights = [p for p in model.parameters() if p.shape != mean.shape]
+        before = [p.clone() for p in weights]
+        model.start_at_mean(images)
+        torch.testing.assert_close(list(model.parameters())[-1].sigmoid(), mean)
+        assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+    with pytest.raises(ValueError, match=r"between 0 and 1; got 0 to 0\.5"):
+        dense.start_at_mean(torch.linspace(0, 0.5, 784).expand(3, 784))

@@ -525,7 +525,7 @@ def test_qp_loss_is_the_negative_elbo_and_seeds_run_side_by_side():
 def test_bad_input_is_refused_with_its_shape():
     model, x = two_clusters(), column(1.0, 2.0)
     _, q = encoder_at(x)
-    with pytest.raises(ValueError, match=r"x has shape \(2, 1\) and z has shape \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"batch shape; got \(2, 1\) and \(3, 1\)"):
         pq_loss(lambda x: encoder_at(x)[1], x, torch.zeros(3, 1))
     for loss in (wake_phi_loss, wake_theta_loss, qp_loss):
         with pytest.raises(ValueError, match="num_samples must be an integer, at least 1; got 0"):

@@ -190,7 +190,7 @@ def test_show_digits_takes_flat_and_square_images(shape):
 @pytest.mark.parametrize(
     ("images", "options", "message"),
     [
-        (torch.zeros(2, 783), {}, "783 pixels, which is no square"),
+        (torch.zeros(2, 783), {}, "783 pixels are no squares"),
         (torch.zeros(784), {}, r"got \[784\]"),
         (torch.zeros(0, 784), {}, r"got \[0, 28, 28\]"),
         (torch.zeros(2, 1, 28, 28), {}, r"got \[2, 1, 28, 28\]"),
@@ -240,7 +240,7 @@ def test_density_without_support_somewhere():
 @pytest.mark.parametrize(
     ("log_density", "message"),
     [
-        (lambda z: z, r"to \[121, 121, 2\], not to \[121, 121\]"),
+        (lambda z: z, r"to \[121, 121, 2\], not to"),
         (lambda z: z.sum(-1) * math.nan, "is nan"),
         (lambda z: torch.full(z.shape[:-1], -math.inf), "is -inf"),
     ],

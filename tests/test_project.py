@@ -19,6 +19,8 @@ from environment import torch_pin
 from execute import read_chapter
 from packaging.requirements import Requirement
 
+from tiny import Root
+
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.py"))
 HEADER = """\
@@ -336,24 +338,27 @@ def test_cost_model_recovers_the_costs_that_made_the_times():
     assert cost_table.fit(runs[:3]) is None  # fewer rows than unknowns
 
 
-@pytest.mark.parametrize("profile", ["local", "slurm"])
-def test_graph_of_the_studies(profile):
-    """One job for each run that is not done, after the run whose weights it builds on."""
-    from amortised import experiments
+@pytest.fixture
+def studies(toy_book) -> Root:
+    """The tiny studies beside the real graph and Makefile."""
+    shutil.copy(ROOT / "Makefile", toy_book)
+    changes = {"small/rows/wild": None, "small/rows/amc": None, "filled/seeds": [0]}
+    return Root(toy_book).write(changes)
 
-    places = experiments.Places.of_the_project()
-    chosen = experiments.select(
-        experiments.load_studies(), "amc_imputation", "cnn_g", scale="full", seed=0
-    )
-    needed = chosen[0].needs
+
+def graph(profile: str) -> list[str]:
+    command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile"]
+    return [*command, "--profile", f"workflow/profiles/{profile}"]
+
+
+@pytest.mark.parametrize("profile", ["local", "slurm"])
+def test_graph_of_the_studies(studies, profile):
+    """What a run builds on comes first, and on a card both take turns."""
+    needed, target = studies.run(), studies.prepared("filled") / "result.json"
+    options = ["--quiet", "host", "--dry-run", target.relative_to(studies.folder)]
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile"),
-            *("--profile", f"workflow/profiles/{profile}", "--quiet", "host", "--dry-run"),
-            *("experiments", "--config", "scale=full", "study=amc_imputation", "row=cnn_g"),
-            *("seed=0", "device="),
-        ],
-        cwd=ROOT,
+        [*graph(profile), *options, "--config", "device=cuda"],
+        cwd=studies.folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -361,55 +366,43 @@ def test_graph_of_the_studies(profile):
     )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
-    expected = [
-        run for run in (*chosen, needed) if experiments.state_of(run, places).word != "done"
+    outputs = [needed / "training.json", target]
+    assert re.findall(r"output: (runs/\S+)", output) == [
+        path.relative_to(studies.folder).as_posix() for path in outputs
     ]
-    markers = set(re.findall(r"output: checkpoints/(\S+)-[0-9a-f]{8}\.done", output))
-    assert markers == {run.name for run in expected}
-    assert "gpu=1" in output or not expected
+    assert output.count("gpu=1") == 2
 
 
-def test_studies_are_made_as_one_graph(tmp_path):
-    """What others build on comes first; a run that fails is tried again."""
-    from amortised import experiments
-    from test_experiments import TINY
-
-    file = tmp_path / "studies.yaml"
-    file.write_text(yaml.safe_dump(TINY, sort_keys=False))
-    studies, places = experiments.load_studies(file), experiments.Places.below(tmp_path)
-    command = [
-        *(sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile"),
-        *("--profile", "workflow/profiles/local", "--quiet", "rules", "--cores", "2"),
-        *("experiments", "--config", "scale=laptop", f"file={file}", f"root={tmp_path}"),
-    ]
-
-    def make(study: str, row: str, seed: str = "0", together: str = "") -> tuple[int, str]:
-        done = subprocess.run(
-            [*command, f"study={study}", f"row={row}", f"seed={seed}", f"together={together}"],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    (imputed,) = experiments.select(studies, "amc_imputation", scale="laptop", seed=0)
-    code, output = make("amc_imputation", imputed.row)
-    assert code == 0, output
-    for run in (imputed, imputed.needs):
-        assert experiments.state_of(run, places).word == "done"
-    assert "running" not in make("amc_imputation", imputed.row)[1]  # nothing left to do
-
-    code, output = make("amc_table1", "vae", seed="", together="1")
-    assert code == 0, output
-    for run in experiments.select(studies, "amc_table1", "vae", scale="laptop"):
-        record = experiments.state_of(run, places).record
-        assert record["details"].get("trained_with_seeds") == ([1, 2] if run.seed else None)
-
-    code, output = make("amc_table1", "hot")  # it diverges
-    assert code != 0
-    assert output.count("amc_table1/hot-laptop-seed0: failed, running") == 2, output
-    (hot,) = experiments.select(studies, "amc_table1", "hot", scale="laptop", seed=0)
-    assert experiments.state_of(hot, places).word == "failed"
+def test_studies_are_made_as_one_graph(studies):
+    """A run trains what it builds on; one that fails is tried again, and the others recorded."""
+    damaged = studies.prepared(row="persistent") / "training-checkpoint.stage"
+    damaged.write_bytes(b"")
+    tools = [shutil.which("env"), f"PYTHONPATH={ROOT / 'lib'}", "OMP_NUM_THREADS=1"]
+    arguments = ["--file", studies.file, "--root", studies.folder]
+    variables = {
+        "BIN": [Path(sys.executable).parent],
+        "EXPERIMENTS": [*tools, sys.executable, "-m", "amortised.experiments", *arguments],
+        "GRAPH": [*tools, *graph("local")],
+        "OPTIONS": ["--quiet", "rules"],
+        "SEED": [0],
+    }
+    done = subprocess.run(
+        ["make", "-o", "environment", "laptop"]
+        + [f"{name}={' '.join(map(str, words))}" for name, words in variables.items()],
+        cwd=studies.folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stdout.count("training-checkpoint.stage is damaged") == 3, done.stdout
+    for study, row, word in (
+        ("small", "vae", "done"),
+        ("filled", "vae", "done"),
+        ("small", "hot", "failed"),  # it diverged, which is a result
+        ("small", "persistent", "partial"),
+    ):
+        assert studies.state(study, row).word == word, done.stdout
+        assert (f"{study}/{row}-laptop-seed0: recorded" in done.stdout) == (word != "partial")

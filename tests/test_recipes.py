@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from amortised import amc, data, evaluation, imputation, mcmc, recipes, results
+from amortised import amc, data, evaluation, experiments, imputation, mcmc, recipes, runs
 from amortised.encoders import GaussianEncoder, ImplicitEncoder
-from amortised.experiments import Experiment, Places, load_studies, run_experiment
+from amortised.files import Work, load_tree
 from amortised.recipes import RECIPES, Run
-from amortised.training import OutOfTimeError
+from amortised.studies import OPTIONS, Experiment, load_studies
 
-TINY = {
-    "training_images": 40,
-    "epochs": 1,
-    "batch_size": 10,
-    "images": 3,
-    "num_samples": 4,
-    "proposal_epochs": 1,
-    "num_chains": 2,
-    "pilot_chains": 1,
-    "num_temperatures": 2,
-    "num_leapfrog": 1,
-    "simulated_pairs": 2,
-    "iterations": 2,
-    "reference_steps": 1,
-    "evaluation_dtype": "float32",
-    "chain_dtype": "float32",
-}
+TINY = {"training_images": 40, "epochs": 1, "batch_size": 10, "chain_dtype": "float32"}
+TINY |= {"images": 3, "num_samples": 4, "proposal_epochs": 1, "evaluation_dtype": "float32"}
+TINY |= {"num_chains": 2, "pilot_chains": 1, "num_temperatures": 2, "num_leapfrog": 1}
+TINY |= {"simulated_pairs": 2, "iterations": 2, "reference_steps": 1}
 
 
 def tiny(experiment: Experiment) -> Experiment:
@@ -49,12 +34,12 @@ def kinds_in_use() -> dict[str, Experiment]:
     """One tiny experiment for each combination of names that the file of studies uses."""
     found = {}
     for study in load_studies().values():
-        for experiment in study.experiments:
+        for experiment in study:
             words = [
                 f"{name}={value}" if isinstance(value, int) else value
                 for name, value in experiment.config.items()
                 if isinstance(value, str) and not name.endswith("dtype") and value != "none"
-                if name != "trained_study"
+                if name not in ("trained_study", "start", "start_sha256")
             ]
             if (count := experiment.config.get("num_student_samples", 1)) > 1:
                 words.append(f"K={count}")
@@ -71,68 +56,44 @@ pytestmark = pytest.mark.usefixtures("mnist_is_read_once")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Make an experiment, once, after the one that it builds on."""
-    places = Places.below(tmp_path_factory.mktemp("made"))
+    """Make an experiment, once, after the one that it builds on; the folder of its run."""
+    root = tmp_path_factory.mktemp("made")
 
     def make(experiment: Experiment):
-        if experiment.needs is not None:
-            make(experiment.needs)
-        state = run_experiment(experiment, places=places)
-        assert state.word == "done"
-        return results.load_result(places.result(experiment)), partial(places.weights, experiment)
+        assert experiments.run_experiment(experiment, root=root).word == "done"
+        folder = experiments.run_folder(experiment, root)
+        return folder, runs.read_json(folder / "result.json")
 
     return make
 
 
-def assert_equal(left: dict, right: dict) -> None:
-    assert left.keys() == right.keys()
-    for name, values in left.items():
-        assert torch.equal(values, right[name]), name
-
-
-def bare_run(experiment: Experiment, folder: Path, **changes) -> Run:
-    """What the engine hands to a recipe."""
-    return Run(
-        *experiment[:4],
-        **{
-            "config": experiment.config,
-            "device": torch.device("cpu"),
-            "folder": folder,
-            "stop_at": math.inf,
-            "weights_of": None,
-            "progress": False,
-        }
-        | changes,
-    )
+def values_of(folder):
+    return load_tree(folder / "per_image.stage")
 
 
 def test_the_file_of_studies_uses_every_kind_that_these_tests_know():
     words = {word for kind in KINDS for word in kind.split()}
-    assert {*recipes.METHODS, "gaussian", "cnn_g", "cnn_b"} <= words
+    assert {"vae", "mcmc_vi", "amc", "avb", "persistent", "gaussian", "cnn_g", "cnn_b"} <= words
     assert {"langevin", "mala", "hmc", "gan", "wasserstein", "inclusive_kl"} <= words
     assert {"elbo", "iwae", "dreg", "K=5", "amc_cnn_g_t50"} <= words
+    assert OPTIONS.keys() == RECIPES.keys() == {kind.split(":")[0] for kind in KINDS}
 
 
 # --- every kind ----------------------------------------------------------------------------------
 
 
-ON_IMAGES = {
-    "is_ll",
-    "is_ess",
-    "posthoc_is_ll",
-    "posthoc_is_ess",
-    "ais_ll",
-    "ais_ess",
-    "ais_acceptance_rate",
-}
+ON_IMAGES = {"is_ll", "is_ess", "posthoc_is_ll", "posthoc_is_ess"}
+ON_IMAGES |= {"ais_ll", "ais_ess", "ais_acceptance_rate"}
 ON_PAIRS = {"simulated_lower_bound", "simulated_upper_bound", "simulated_gap"}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("imputation")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("amc", "vae"))])
 def test_a_row_is_trained_and_evaluated(made, kind):
     experiment = KINDS[kind]
     config = experiment.config
-    (record, per_image), weights = made(experiment)
+    folder, record = made(experiment)
+    per_image, decoder_file = values_of(folder), folder / "decoder.safetensors"
+    encoder_file = folder / "encoder.safetensors"
 
     assert per_image.keys() == ON_IMAGES | ON_PAIRS == record["metrics"].keys()
     for name, values in per_image.items():
@@ -153,8 +114,8 @@ def test_a_row_is_trained_and_evaluated(made, kind):
     assert details["seconds"].keys() == {"training", "importance sampling", "annealing", "bounds"}
 
     # What the files hold is, to the bit, what was evaluated.
-    decoder = evaluation.load_module(weights("decoder")).to(memory_format=torch.channels_last)
-    assert {value.dtype for value in load_file(weights("decoder")).values()} == {torch.float16}
+    decoder = evaluation.load_module(decoder_file).to(memory_format=torch.channels_last)
+    assert {value.dtype for value in load_file(decoder_file).values()} == {torch.float16}
     x = data.load_mnist_binary("test").images[:3]
     names = ("num_chains", "pilot_chains", "num_temperatures", "num_leapfrog")
     settings = {name: config[name] for name in names}
@@ -164,9 +125,9 @@ def test_a_row_is_trained_and_evaluated(made, kind):
     assert torch.equal(bounds.lower.float(), per_image["simulated_lower_bound"])
     assert torch.equal(bounds.upper.float(), per_image["simulated_upper_bound"])
     if config.get("encoder") == "none":
-        assert not weights("encoder").exists()
+        assert not encoder_file.exists()
         return
-    encoder = evaluation.load_module(weights("encoder")).to(memory_format=torch.channels_last)
+    encoder = evaluation.load_module(encoder_file).to(memory_format=torch.channels_last)
     if config.get("encoder", "gaussian") == "gaussian":
         assert isinstance(encoder, GaussianEncoder)
         own = evaluation.importance_sampling_ll(decoder, encoder, x, num_samples=4)
@@ -180,7 +141,8 @@ def test_a_row_is_trained_and_evaluated(made, kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("imputation")])
 def test_an_imputation_is_scored(made, kind):
-    (record, per_image), _ = made(KINDS[kind])
+    folder, record = made(KINDS[kind])
+    per_image = values_of(folder)
     assert per_image.keys() == {
         f"{prefix}{mask}_{score}"
         for prefix in ("", "reference_")
@@ -196,71 +158,30 @@ def test_an_imputation_is_scored(made, kind):
 # --- what a recipe promises ----------------------------------------------------------------------
 
 
-def test_the_same_seed_is_the_same_run_and_leaves_the_global_stream_alone(made, tmp_path):
-    expected = made(VAE)[0]
-    places = Places.below(tmp_path)
-    torch.manual_seed(123)
-    torch.rand(7)
-    before = torch.get_rng_state()
-    run_experiment(VAE, places=places)
-    assert torch.equal(torch.get_rng_state(), before)
-    again = results.load_result(places.result(VAE))
-    assert_equal(again.per_image, expected.per_image)
-    assert again.record["details"]["history"] == expected.record["details"]["history"]
-    other = VAE._replace(seed=VAE.seed + 1)
-    run_experiment(other, places=places)
-    other = results.load_result(places.result(other))
-    assert not torch.equal(other.per_image["is_ll"], expected.per_image["is_ll"])
+def built(experiment: Experiment) -> recipes.Training:
+    torch.manual_seed(experiment.seed)
+    return RECIPES[experiment.recipe].build(experiment.config, torch.device("cpu"))
 
 
-class Begun(Exception):
-    """Raised in place of training."""
+TRAINED = {kind: e for kind, e in KINDS.items() if RECIPES[e.recipe].build is not None}
 
 
-@pytest.fixture
-def begin(monkeypatch, tmp_path):
-    """Networks and optimisers of a row, as they are when its training begins."""
-
-    def train(run, step, networks, optimizers, seeds=None):
-        raise Begun(networks, optimizers)
-
-    monkeypatch.setattr(recipes, "_train", train)
-
-    def begin(experiment: Experiment):
-        with torch.random.fork_rng(), pytest.raises(Begun) as begun:
-            torch.manual_seed(experiment.seed)
-            RECIPES[experiment.recipe].function(bare_run(experiment, tmp_path))
-        return begun.value.args
-
-    return begin
-
-
-def test_rows_of_one_seed_start_from_one_decoder(begin):
-    decoders = {
-        kind: begin(experiment)[0]["decoder"].state_dict()
-        for kind, experiment in KINDS.items()
-        if experiment.recipe != "imputation"
-    }
-    first = next(iter(decoders.values()))
-    for kind, decoder in decoders.items():
-        assert all(torch.equal(value, decoder[name]) for name, value in first.items()), kind
-
-
-def test_who_learns_at_which_rate(begin):
-    for kind, experiment in KINDS.items():
-        if experiment.recipe != "amc":
-            continue
-        config = experiment.config
-        networks, optimizers = begin(experiment)
-        is_game = config["method"] == "avb" or config["rule"] in ("gan", "wasserstein")
-        expected = {"model"} | ({"encoder"} if config["encoder"] != "none" else set())
-        assert optimizers.keys() == expected | ({"discriminator"} if is_game else set()), kind
-        assert (config["method"] == "persistent") == ("chains" in networks)
-        for name, optimizer in optimizers.items():
-            (group,) = optimizer.param_groups
-            in_game = is_game and name != "model"
-            assert group["lr"] == config["game_learning_rate" if in_game else "learning_rate"]
-            assert group["betas"] == ((0.5, 0.999) if in_game else (0.9, 0.999))
+@pytest.mark.parametrize("kind", TRAINED)
+def test_rows_of_one_seed_start_from_one_decoder_and_learn_at_their_rates(kind):
+    first = built(VAE).networks["decoder"].state_dict()
+    config, training = TRAINED[kind].config, built(TRAINED[kind])
+    decoder = training.networks["decoder"].state_dict()
+    if TRAINED[kind].recipe != "teacher":  # which start from weights that are trained
+        assert all(torch.equal(value, decoder[name]) for name, value in first.items())
+    is_game = config.get("method") == "avb" or config.get("rule") in ("gan", "wasserstein")
+    learners = {"model", "encoder"} if config.get("encoder") != "none" else {"model"}
+    assert training.optimizers.keys() == learners | ({"discriminator"} if is_game else set())
+    assert (config.get("method") == "persistent") == ("chains" in training.networks)
+    for name, optimizer in training.optimizers.items():
+        (group,) = optimizer.param_groups
+        in_game = is_game and name != "model"
+        assert group["lr"] == config["game_learning_rate" if in_game else "learning_rate"]
+        assert group["betas"] == ((0.5, 0.999) if in_game else (0.9, 0.999))
 
 
 def test_a_chain_has_the_kernel_and_the_steps_of_its_options(monkeypatch):
@@ -269,14 +190,14 @@ def test_a_chain_has_the_kernel_and_the_steps_of_its_options(monkeypatch):
     monkeypatch.setattr(amc, "teacher_samples", lambda *a, **k: seen.append(k))
     config = experiment.config | {"num_steps": 7, "step_size": 0.25, "num_leapfrog_steps": 3}
     monkeypatch.setattr(amc, "amc_step", lambda *a, teacher, **k: teacher())
-    recipes._amc_step(config, {}, {})(None, None)
+    recipes._amc_step(config, {"decoder": None}, {}, plain=True)(None, None)
     assert (seen[0]["num_steps"], seen[0]["step_size"]) == (7, 0.25)
     assert seen[0]["kernel"].func is mcmc.hmc_step and seen[0]["kernel"].keywords["num_steps"] == 3
 
 
 def test_costs_of_a_chain_are_recorded(made):
     by_kernel = {
-        (e.config["method"], e.config["kernel"]): made(e)[0].record["details"]
+        (e.config["method"], e.config["kernel"]): made(e)[1]["details"]
         for e in KINDS.values()
         if e.recipe == "amc"
     }
@@ -287,26 +208,10 @@ def test_costs_of_a_chain_are_recorded(made):
     assert by_kernel["amc", "langevin"]["chain_bytes"] == 0
 
 
-def test_weights_beyond_half_precision_are_a_failure_and_not_a_file(tmp_path):
-    network = torch.nn.Linear(2, 2)
-    recipes._round_to_half(None, network)
-    assert torch.equal(network.weight, network.weight.half().float())
-    torch.nn.init.constant_(network.bias, 1e5)  # finite, but the largest half is 65504
-    with pytest.raises(FloatingPointError, match=r"Linear\.bias is beyond half precision"):
-        recipes._round_to_half(network)
-
-
-def test_no_stage_begins_when_the_time_is_over(tmp_path):
-    with pytest.raises(OutOfTimeError, match="no time is left for the stage 'annealing'"):
-        bare_run(VAE, tmp_path, stop_at=0.0).stage("annealing")
-    assert bare_run(VAE, tmp_path).stage("annealing")["max_seconds"] is None
-
-
 def test_an_imputation_keeps_each_mask_that_is_finished(made, tmp_path, monkeypatch):
     experiment = next(e for e in KINDS.values() if e.recipe == "imputation")
-    expected = made(experiment)[0].per_image
-    weights = made(experiment.needs)[1]
-    run = bare_run(experiment, tmp_path, weights_of=weights)
+    expected, weights = values_of(made(experiment)[0]), made(experiment.needs)[0]
+    run = Run(experiment.seed, experiment.config, torch.device("cpu"), Work(tmp_path), weights)
     seen, real = [], imputation.impute
 
     def impute(*arguments):
@@ -317,13 +222,9 @@ def test_an_imputation_keeps_each_mask_that_is_finished(made, tmp_path, monkeypa
 
     monkeypatch.setattr(imputation, "impute", impute)
     with pytest.raises(KeyboardInterrupt):
-        RECIPES["imputation"].function(run)
-    outcome = RECIPES["imputation"].function(run)
-    assert len(seen) == 3 + 2
-    assert_equal({name: v.float() for name, v in outcome.per_image.items()}, expected)
-
-    RECIPES["imputation"].function(run)  # all four are there
-    assert len(seen) == 5
-    other = next(e for e in KINDS.values() if e.config.get("encoder") == "cnn_g")
-    with pytest.raises(KeyboardInterrupt):  # nothing is taken over from other weights
-        RECIPES["imputation"].function(run._replace(weights_of=made(other)[1]))
+        RECIPES["imputation"].evaluate(run)
+    for _ in range(2):  # the second time all four are there
+        found = RECIPES["imputation"].evaluate(run).per_image
+        assert len(seen) == 3 + 2
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name].float(), values) for name, values in expected.items())

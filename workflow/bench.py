@@ -2,7 +2,6 @@
 
     python workflow/bench.py            # about five minutes on two idle cores
     python workflow/bench.py --quick    # under two
-    python workflow/bench.py --save     # also writes data/results/bench/
 
 The contestants take turns in every round, so that a machine whose speed drifts slows them alike,
 and a ratio is taken within a round. The unit is the time per chain and leapfrog step.
@@ -19,23 +18,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import os
-import re
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from amortised import results
-from amortised.ais import ais, linear_schedule, log_prob_and_grad
+from amortised.ais import AISSettings, AnnealedPath, ais, linear_schedule, log_prob_and_grad
 from amortised.fast import LogLikelihoodAndGrad, log_likelihood_and_grad
 from amortised.mcmc import leapfrog
 from amortised.models import ConvBernoulli
@@ -43,19 +36,10 @@ from amortised.numerics import value_and_grad
 
 NUM_CHAINS, NUM_IMAGES, NUM_LEAPFROG = 100, 16, 10  # 1,600 chains in all
 STEP_SIZE = 0.05
-MEMORY_CHAINS = 10_000
 MATRIX_SIDE = 2048
 ROUTES = {
     "cpu": ("eager", "rewritten", "rewritten bfloat16", "dense"),
     "cuda": ("eager", "rewritten", "dense", "dense bfloat16"),
-}
-# What varies: settings (chains per image, images, temperatures, leapfrog steps). Many temperatures
-# are timed with few chains, the others with few temperatures.
-RANGES = {
-    "chains": {n: (n // 10, 10, 2, 5) for n in (1000, 2000, 5000, 10_000)},
-    "images": {n: (50, n, 2, 5) for n in (20, 40, 100, 200)},
-    "temperatures": {n: (10, 4, n, 5) for n in (100, 200, 500, 1000)},
-    "leapfrogs": {n: (100, 10, 2, n) for n in (5, 10, 20)},
 }
 
 
@@ -89,6 +73,20 @@ def plain_ais(
     return log_weights
 
 
+def now(device: torch.device) -> float:
+    """Seconds on a clock, when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Wall time of a call, up to when the device has done its work."""
+    start = now(device)
+    function()
+    return now(device) - start
+
+
 class Problem:
     """A decoder, observations ``[B, 784]`` and starting points ``[K, B, 32]``."""
 
@@ -106,17 +104,6 @@ class Problem:
         dtype = getattr(torch, dtype) if dtype else None
         return log_likelihood_and_grad(self.model, self.x, route, dtype=dtype)
 
-    def seconds(self, function: Callable[[], object]) -> float:
-        """Wall time of a call, up to when the device has done its work."""
-        start = self.now()
-        function()
-        return self.now() - start
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
     def ais_seconds(
         self,
         route: LogLikelihoodAndGrad | None,
@@ -129,25 +116,18 @@ class Problem:
         times: list[float] = []
 
         def on_temperature(t: int) -> None:
-            times.append(self.now())
+            times.append(now(self.device))
 
         if route is None:
             plain_ais(self.model, self.x, self.z, schedule, num_leapfrog, generator, on_temperature)
         else:
             prior = self.model.prior()
-            ais(
-                prior.log_prob,
-                route.log_likelihood,
-                self.z,
-                schedule,
-                step_size=STEP_SIZE,
-                num_leapfrog=num_leapfrog,
-                generator=generator,
-                likelihood_value_and_grad=route,
-                prior_value_and_grad=log_prob_and_grad(prior),
-                exact_energies=route.dtype is not self.z.dtype,
-                on_temperature=on_temperature,
+            is_coarse = route.dtype is not self.z.dtype
+            path = AnnealedPath(
+                prior.log_prob, route.log_likelihood, log_prob_and_grad(prior), route, is_coarse
             )
+            settings = AISSettings(schedule, STEP_SIZE, num_leapfrog)
+            ais(path, self.z, settings, generator=generator, on_temperature=on_temperature)
         return [end - start for start, end in itertools.pairwise(times)]
 
 
@@ -177,19 +157,20 @@ def compare(device: torch.device, num_rounds: int) -> dict[str, list[float]]:
 
     routes = {}
     for name in ROUTES[device.type]:
-        seconds = problem.seconds(lambda name=name: routes.update({name: problem.route(name)}))
-        seconds += problem.seconds(lambda name=name: routes[name](z))
-        print(f"first use of {name:20} {seconds:6.1f} s", flush=True)
+        start = now(device)
+        routes[name] = problem.route(name)
+        routes[name](z)
+        print(f"first use of {name:20} {now(device) - start:6.1f} s", flush=True)
 
     def gradient(function: Callable[[Tensor], object]) -> float:
-        return min(problem.seconds(lambda: function(z)) for _ in range(2)) / num_points
+        return min(seconds(lambda: function(z), device) for _ in range(2)) / num_points
 
     def plain_gradient(z: Tensor) -> tuple[Tensor, Tensor]:
         return value_and_grad(lambda z: model.log_likelihood(x, z), z)
 
     times = defaultdict(list)
     for _ in range(num_rounds):
-        product = min(problem.seconds(lambda: matrix @ matrix) for _ in range(2))
+        product = min(seconds(lambda: matrix @ matrix, device) for _ in range(2))
         times["limit"].append(flops * product / (2 * MATRIX_SIDE**3))
         times["gradient plain"].append(gradient(plain_gradient))
         for name, route in {"plain": None, **routes}.items():
@@ -199,138 +180,39 @@ def compare(device: torch.device, num_rounds: int) -> dict[str, list[float]]:
             times[f"ais {name}"].append(min(laps) / (num_points * NUM_LEAPFROG))
         print(".", end="", flush=True)
     print()
-    return {name: [1e6 * seconds for seconds in values] for name, values in times.items()}
-
-
-def exponents(device: torch.device, num_passes: int) -> dict[str, list[float]]:
-    """Exponent of the cost in each quantity, one least-squares fit of logarithms per pass."""
-    fits = defaultdict(list)
-    for _ in range(num_passes):
-        for quantity, settings in RANGES.items():
-            points = []
-            for n, (num_chains, num_images, num_temperatures, num_leapfrog) in settings.items():
-                problem = Problem(device, num_chains, num_images)
-                route = problem.route("auto")
-                route(problem.z)
-                laps = problem.ais_seconds(route, num_temperatures, num_leapfrog)
-                cost = sum(laps) if quantity == "temperatures" else min(laps)
-                points.append((math.log(n), math.log(cost)))
-            slope, _ = statistics.linear_regression(*zip(*points, strict=True))
-            fits[quantity].append(slope)
-            print(".", end="", flush=True)
-    print()
-    return fits
-
-
-def peak_memory(name: str, device: torch.device) -> float:
-    """GB that a new process needs for one temperature with 10,000 chains."""
-    command = [sys.executable, __file__, "--memory", name, "--device", str(device)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(output) / 1e9
-
-
-def print_peak_memory(name: str, device: torch.device) -> None:
-    problem = Problem(device, MEMORY_CHAINS // NUM_IMAGES, NUM_IMAGES)
-    route = None if name == "plain" else problem.route(name)
-    problem.ais_seconds(route, num_temperatures=1, num_leapfrog=1)
-    if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated(device))
-    elif Path("/proc/self/status").exists():  # Linux counts the parent's memory in ru_maxrss
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        print(1024 * int(peak[1]))
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
-
-
-def estimate(values: list[float]) -> dict:
-    """Mean, standard error and number of repetitions, as in a result file."""
-    se = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "se": se, "n": len(values)}
-
-
-def ratios(numerator: list[float], denominator: list[float]) -> list[float]:
-    """Round by round."""
-    return [a / b for a, b in zip(numerator, denominator, strict=True)]
+    return {name: [1e6 * value for value in values] for name, values in times.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--save", action="store_true", help="write data/results/bench/")
-    parser.add_argument("--memory", metavar="ROUTE", help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", choices=ROUTES)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    if device.type not in ROUTES:
-        parser.error(f"--device must be cpu or cuda; got {arguments.device}")
-    if arguments.memory:
-        print_peak_memory(arguments.memory, device)
-        return
+    num_rounds = 3 if arguments.quick else 9
+    facts = results.provenance(device, started=time.time(), datasets=())
+    load = f"load before {os.getloadavg()[0]:.1f}"
+    print(f"{facts['device']}, torch {facts['versions']['torch']}, {load}")
 
-    started = time.time()
-    load = os.getloadavg()[0]
-    num_rounds, num_passes = (3, 1) if arguments.quick else (9, 3)
-    facts = results.provenance(device, started=started, datasets=())
-    print(f"{facts['device']}, torch {facts['versions']['torch']}, load before {load:.1f}")
     times = compare(device, num_rounds)
-    metrics = {f"{name}_us": estimate(values) for name, values in times.items()}
     rows = []
     for name in ("plain", *ROUTES[device.type]):
-        memory = peak_memory(name, device)
-        metrics[f"memory {name}_gb"] = estimate([memory])
         row = [name]
         for kind in ("ais", "gradient"):
-            own = times[f"{kind} {name}"]
-            speedup = ratios(times[f"{kind} plain"], own)
-            over_limit = ratios(own, times["limit"])
-            metrics[f"{kind} {name}_speedup"] = estimate(speedup)
-            metrics[f"{kind} {name}_over_limit"] = estimate(over_limit)
-            row += [statistics.median(v) for v in (own, speedup, over_limit)]
-        rows.append([*row, memory])
-    columns = [
-        f"{kind}, {unit}" for kind in ("AIS", "gradient") for unit in ("us", "x plain", "x limit")
-    ]
-    print(results.markdown_table(["route", *columns, "GB at 10,000 chains"], rows))
-    limit = statistics.median(times["limit"])
+            own, plain = times[f"{kind} {name}"], times[f"{kind} plain"]
+            ratios = [[a / b for a, b in zip(plain, own, strict=True)]]
+            ratios += [[a / b for a, b in zip(own, times["limit"], strict=True)]]
+            row += map(statistics.median, (own, *ratios))
+        rows.append(row)
+    units = ("us", "x plain", "x limit")
+    columns = [f"{kind}, {unit}" for kind in ("AIS", "gradient") for unit in units]
+    print(results.markdown_table(["route", *columns], rows))
+    limit, flops = statistics.median(times["limit"]), operations(ConvBernoulli())
     print(
         f"\n{NUM_CHAINS * NUM_IMAGES} chains, L = {NUM_LEAPFROG}, medians of {num_rounds} rounds; "
-        f"us per chain and leapfrog step; limit {limit:.1f} us = "
-        f"{operations(ConvBernoulli()) / 1e6:.2f} MFLOP at "
-        f"{operations(ConvBernoulli()) / limit / 1e3:.0f} GFLOP/s\n"
+        f"us per chain and leapfrog step; limit {limit:.1f} us = {flops / 1e6:.2f} MFLOP at "
+        f"{flops / limit / 1e3:.0f} GFLOP/s"
     )
-
-    fits = exponents(device, num_passes)
-    metrics |= {f"exponent {quantity}": estimate(values) for quantity, values in fits.items()}
-    rows = [
-        [quantity, f"{min(RANGES[quantity])} to {max(RANGES[quantity])}", statistics.median(values)]
-        for quantity, values in fits.items()
-    ]
-    print(results.markdown_table(["cost against", "range", "exponent"], rows))
-
-    if arguments.save:
-        scale = "quick" if arguments.quick else "full"
-        config = {
-            "chains_per_image": NUM_CHAINS,
-            "images": NUM_IMAGES,
-            "leapfrogs": NUM_LEAPFROG,
-            "rounds": num_rounds,
-            "passes": num_passes,
-        }
-        record = {
-            "study": "bench",
-            "row": device.type,
-            "scale": scale,
-            "seed": 0,
-            "config": config,
-            "config_hash": results.config_hash(config),
-            "recipe_version": 1,
-            "status": "done",
-            "metrics": {name.replace(" ", "_"): metric for name, metric in metrics.items()},
-            "provenance": results.provenance(device, started=started, datasets=()),
-            "details": {"load_before": load},
-        }
-        root = Path(__file__).resolve().parents[1] / "data" / "results"
-        print(results.save_result(root, record))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from bench import seconds
 
 from amortised import data, experiments, recipes, results
 from amortised.cuda import CapturedFunction
@@ -48,28 +50,14 @@ def make_step(row: str, device: torch.device, plain: bool = False, **changes: st
     return CapturedFunction(step, state)
 
 
-def seconds(step: Callable, batch: torch.Tensor, repetitions: int) -> float:
-    """Wall time of one step, up to when the device has done its work."""
-    synchronise = torch.cuda.synchronize if batch.device.type == "cuda" else (lambda: None)
-    synchronise()
-    started = time.perf_counter()
-    for _ in range(repetitions):
-        step(batch)
-    synchronise()
-    return (time.perf_counter() - started) / repetitions
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", default="cpu", choices=CONTESTANTS)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     device = torch.device(options.device)
-    if device.type not in CONTESTANTS:
-        parser.error(f"--device must be cpu or cuda; got {options.device}")
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     facts = results.provenance(device, started=time.time(), datasets=())
     print(f"{facts['device']}, torch {facts['versions']['torch']}, batch {options.batch_size}\n")
     batch = data.load_mnist("train").images[: options.batch_size].to(device)
@@ -80,11 +68,12 @@ def main() -> None:
             forms = CONTESTANTS[device.type].items()
             steps = {name: make_step(row, device, **changes) for name, changes in forms}
             times: dict[str, list[float]] = {name: [] for name in steps}
-            for step in steps.values():
-                seconds(step, batch, 2)
+            for _ in range(2):
+                for step in steps.values():
+                    step(batch)
             for _ in range(options.rounds):
                 for name, step in steps.items():
-                    times[name].append(seconds(step, batch, 2 if "50" in row else 10))
+                    times[name].append(seconds(partial(step, batch), device))
             for name, own in times.items():
                 ratio = [a / b for a, b in zip(times["plain"], own, strict=True)]
                 rows.append([label, name, statistics.median(own) * 1e3, statistics.median(ratio)])

@@ -1,4 +1,4 @@
-"""Print what the committed runs cost, a model of that cost, and what more seeds would cost.
+"""Print what the committed runs cost, and a model of that cost.
 
 The page book/reproducing.md includes it. On a processor the time is that of the processor, which
 other work on the machine does not change; on a graphics card it is the wall time. A run's time is
@@ -18,8 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
-from amortised import experiments, results
-from amortised.data import data_folder
+from amortised import experiments
 from amortised.studies import SCALES
 
 WORK = {
@@ -31,7 +30,6 @@ WORK = {
     "importance": "an importance sample",
     "proposal": "a training image of the Gaussian proposal fitted afterwards",
 }
-SEEDS = 10
 
 
 class Timed(NamedTuple):
@@ -51,47 +49,44 @@ def work_of(config: Mapping) -> dict[str, dict[str, float]]:
     images = config["training_images"] * config["epochs"]
     is_game = config.get("method") == "avb" or config.get("rule") in ("gan", "wasserstein")
     leapfrogs = config["num_leapfrog_steps"] if config.get("kernel") == "hmc" else 1
-    sampled = config["images"] * config["num_samples"]
+    sampled = config["images"] * config.get("num_samples", 0)
     annealed = config["num_temperatures"] * config["num_leapfrog"]
     chains, pilot = config["num_chains"], config["pilot_chains"]
     own = config.get("encoder", "gaussian") == "gaussian"
+    decoders = 2 if "start" in config else 1  # one that it starts from, to compare with
     return {
         "training": {
             "image": images,
             "game": images * is_game,
-            "sample": images * (config["num_student_samples"] - 1),
+            "sample": images * (config.get("num_student_samples", 1) - 1),
             "chain": images * config.get("num_steps", 0) * leapfrogs,
         },
-        "annealing": {"annealing": config["images"] * annealed * (chains + pilot)},
+        "annealing": {"annealing": decoders * config["images"] * annealed * (chains + pilot)},
         "bounds": {"annealing": config["simulated_pairs"] * annealed * (2 * chains + pilot)},
         "importance sampling": {"importance": sampled * (2 if own else 1)},
-        "proposal": {"proposal": config["training_images"] * config["proposal_epochs"]},
+        "proposal": {"proposal": config["training_images"] * config.get("proposal_epochs", 0)},
     }
 
 
-def timed_runs(studies: Mapping, root: Path) -> list[Timed]:
-    """The committed runs that a training recipe made, with seconds by stage."""
+def timed_runs(studies: Mapping, root: Path | None) -> list[Timed]:
+    """The recorded runs, with seconds by stage."""
     runs = []
     for experiment in experiments.select(studies):
-        path = results.result_path(root, *experiment[:4])
-        if not path.is_file():
+        state = experiments.state_of(experiment, root)
+        if state.word != "done":
             continue
-        record = results.load_result(path).record
-        if record["status"] != "done":
-            continue
-        facts = record["provenance"]
-        seconds = dict(record["details"].get("seconds", {}))
+        facts, details = state.record["provenance"], state.record["details"]
+        seconds = dict(details.get("seconds", {}))
         # Loading the data is part of what is left over, the fitted proposal nearly all of it.
         left = facts["wall_seconds"] - sum(seconds.values())
         seconds["proposal" if seconds else "imputation"] = max(0.0, left)
-        busy = record["details"].get("cpu_seconds")
+        busy = details.get("cpu_seconds")
         if facts["device"]["type"] == "cpu" and busy is not None:
             share = busy / max(facts["wall_seconds"], 1e-9)
             seconds = {stage: share * value for stage, value in seconds.items()}
         threads = facts["device"].get("threads")
-        device = facts["device"]["name"] + (
-            f" ({threads} thread{'s' * (threads > 1)})" if threads else ""
-        )
+        shown = f" ({threads} thread{'s' * (threads > 1)})" if threads else ""
+        device = facts["device"]["name"] + shown
         runs.append(Timed(experiment, device, seconds))
     return runs
 
@@ -100,11 +95,11 @@ def fit(runs: list[Timed]) -> dict[str, float] | None:
     """Seconds for one unit of each kind of work; ``None`` where there are too few runs."""
     rows, seconds = [], []
     for run in runs:
-        if "imputation" in run.seconds:
+        if "annealing" not in run.seconds:
             continue
         for stage, work in work_of(run.experiment.config).items():
             rows.append([work.get(kind, 0.0) for kind in WORK])
-            seconds.append(run.seconds[stage])
+            seconds.append(run.seconds.get(stage, 0.0))
     design = np.asarray(rows, dtype=float).reshape(-1, len(WORK))
     used = design.any(axis=0)
     if len({run.experiment.row for run in runs}) <= used.sum():
@@ -117,13 +112,10 @@ def fit(runs: list[Timed]) -> dict[str, float] | None:
 
 def predicted(config: Mapping, per_unit: Mapping[str, float]) -> float | None:
     """Seconds of a run by the model; ``None`` if it does work that no run behind the model did."""
-    total = 0.0
-    for work in work_of(config).values():
-        for kind, amount in work.items():
-            if amount and kind not in per_unit:
-                return None
-            total += amount * per_unit.get(kind, 0.0)
-    return total
+    done = [pair for work in work_of(config).values() for pair in work.items()]
+    if any(amount and kind not in per_unit for kind, amount in done):
+        return None
+    return sum(amount * per_unit.get(kind, 0.0) for kind, amount in done)
 
 
 def _print_rows(runs: list[Timed], per_unit: Mapping[str, dict | None]) -> None:
@@ -135,7 +127,7 @@ def _print_rows(runs: list[Timed], per_unit: Mapping[str, dict | None]) -> None:
         groups[*run.experiment[:3], run.device].append(run)
     for (study, row, scale, device), members in groups.items():
         model, minutes = None, [run.total / 60 for run in members]
-        if per_unit[device] and "imputation" not in members[0].seconds:
+        if per_unit[device] and "annealing" in members[0].seconds:
             model = predicted(members[0].experiment.config, per_unit[device])
         shown = "–" if model is None else f"{model / 60:.1f}"
         print(
@@ -149,7 +141,7 @@ def _print_model(runs: list[Timed], per_unit: Mapping[str, float], device: str) 
     print("| unit of work | microseconds | share of all time |\n|:--|--:|--:|")
     done = defaultdict(float)
     for run in runs:
-        if "imputation" not in run.seconds:
+        if "annealing" in run.seconds:
             for work in work_of(run.experiment.config).values():
                 for kind, amount in work.items():
                     done[kind] += amount * per_unit.get(kind, 0.0)
@@ -158,25 +150,9 @@ def _print_model(runs: list[Timed], per_unit: Mapping[str, float], device: str) 
         print(f"| {WORK[kind]} | {seconds * 1e6:,.0f} | {done[kind] / total:.0%} |")
 
 
-def _print_totals(studies: Mapping, runs: list[Timed], device: str) -> None:
-    """Hours that all rows of a scale take with ten seeds, from the mean of the recorded ones."""
-    minutes = defaultdict(list)
-    for run in runs:
-        minutes[run.experiment[:3]].append(run.total / 60)
-    for scale in SCALES:
-        rows = {e[:3] for e in experiments.select(studies, scale=scale)}
-        recorded = rows & minutes.keys()
-        if recorded:
-            hours = SEEDS * sum(np.mean(minutes[row]) for row in recorded) / 60
-            print(
-                f"\nWith {SEEDS} seeds the {len(recorded)} of {len(rows)} rows at {scale} scale "
-                f"that are recorded take {hours:.1f} hours of {device}, one run after the other."
-            )
-
-
 def main(root: Path | None = None) -> int:
     studies = experiments.load_studies()
-    runs = timed_runs(studies, root or data_folder() / "results")
+    runs = timed_runs(studies, root)
     if not runs:
         print("No run is recorded yet.")
         return 0
@@ -188,10 +164,9 @@ def main(root: Path | None = None) -> int:
     for device, members in by_device.items():
         if models[device]:
             _print_model(members, models[device], device)
-        _print_totals(studies, members, device)
     for scale in SCALES:
         asked = experiments.select(studies, scale=scale)
-        missing = sum(experiments.state_of(run).word != "done" for run in asked)
+        missing = sum(experiments.state_of(run, root).word != "done" for run in asked)
         if missing:
             print(f"\nRuns at {scale} scale that are not recorded yet: {missing}.")
     return 0

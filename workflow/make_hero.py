@@ -55,14 +55,8 @@ def train(images, epochs=30, batch_size=200, width=256):
 
 def lattice(columns, rows):
     """Centres of a grid of equal prior mass: in the unit square, and as latents ``[R, C, 2]``."""
-    u = torch.stack(
-        torch.meshgrid(
-            (torch.arange(columns) + 0.5) / columns,
-            (torch.arange(rows) + 0.5) / rows,
-            indexing="xy",
-        ),
-        -1,
-    )
+    across, up = ((torch.arange(n) + 0.5) / n for n in (columns, rows))
+    u = torch.stack(torch.meshgrid(across, up, indexing="xy"), -1)
     return u, normal.icdf(u)
 
 
@@ -110,21 +104,14 @@ def hues(z):
     angle = np.arctan2(z[..., 1], z[..., 0])
     lightness, chroma = 0.64, 0.085
     a, b = chroma * np.cos(angle), chroma * np.sin(angle)
-    lms = np.stack(
-        [
-            lightness + 0.3963377774 * a + 0.2158037573 * b,
-            lightness - 0.1055613458 * a - 0.0638541728 * b,
-            lightness - 0.0894841775 * a - 1.2914855480 * b,
-        ],
-        -1,
-    )
-    to_srgb = np.array(
-        [
-            [4.0767416621, -3.3077115913, 0.2309699292],
-            [-1.2684380046, 2.6097574011, -0.3413193965],
-            [-0.0041960863, -0.7034186147, 1.7076147010],
-        ]
-    )
+    to_lms = np.array([
+        [0.3963377774, 0.2158037573], [-0.1055613458, -0.0638541728], [-0.0894841775, -1.291485548],
+    ])  # fmt: skip
+    lms = lightness + np.stack([a, b], -1) @ to_lms.T
+    to_srgb = np.array([
+        [4.0767416621, -3.3077115913, 0.2309699292], [-1.2684380046, 2.6097574011, -0.3413193965],
+        [-0.0041960863, -0.7034186147, 1.7076147010],
+    ])  # fmt: skip
     linear = (lms**3 @ to_srgb.T).clip(0, 1)
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 

@@ -185,8 +185,9 @@ class LibraryModules(SphinxDirective):
 
 
 def skip_generated_docs(app, what, name, obj, skip, options):
-    """Fields of a NamedTuple document themselves as "Alias for field number 0": leave them out."""
-    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field") else None
+    """Leave out "Alias for field number 0" of NamedTuples, and the settings of pydantic models."""
+    generated = str(getattr(obj, "__doc__", "")).startswith("Alias for field")
+    return True if generated or name == "model_config" else None
 
 
 def keep_single_letters(app, what, name, obj, options, lines) -> None:

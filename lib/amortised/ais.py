@@ -18,8 +18,6 @@ K x B chains move in one batch. Weights are accumulated in float64 and are never
 repaired: a weight of ``-inf`` counts as zero in the mean, a ``nan`` is an error.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial
@@ -29,31 +27,54 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from .mcmc import (
-    LeapfrogState,
-    LogDensity,
-    ValueAndGrad,
-    leapfrog_step,
-    metropolis_test,
-    negative_energy,
-)
-from .numerics import effective_sample_size, log_mean_exp, value_and_grad
+from . import mcmc
+from .mcmc import LogDensity, ValueAndGrad
+from .numerics import check_counts, effective_sample_size, log_mean_exp, value_and_grad
 
-__all__ = [
-    "AISResult",
-    "AnnealedPath",
-    "BDMCResult",
-    "ais",
-    "bdmc",
-    "linear_schedule",
-    "log_prob_and_grad",
-    "path_from",
-    "reverse_ais",
-    "sigmoid_schedule",
-    "tune_step_size",
-]
+_TEMPERATURES_BETWEEN_CHECKS = 50  # looking for a nan makes an accelerator wait for its results
 
-_RUNGS_BETWEEN_CHECKS = 50  # looking for a nan makes an accelerator wait for its results
+
+class AnnealedPath(NamedTuple):
+    r"""The two densities that a path joins, for all images and chains.
+
+    A plain tuple of these in their order, such as ``(log_prior_fn, log_likelihood_fn)``, does in
+    its place.
+
+    :ivar log_prior_fn: :math:`\log p(z)` of the distribution that the chains start from, with its
+        normalising constant, ``[K, B, D] -> [K, B]``.
+    :ivar log_likelihood_fn: :math:`\log p(x \mid z)`, ``[K, B, D] -> [K, B]``.
+    :ivar prior_value_and_grad: a faster route to the prior and its gradient in z,
+        ``[K, B, D] -> ([K, B], [K, B, D])``; by default ``log_prior_fn`` and autograd.
+    :ivar likelihood_value_and_grad: the same for the likelihood.
+    :ivar exact_energies: when the faster route is of low precision: use it for the dynamics only,
+        and take the log-likelihood at the end of each trajectory, which decides the acceptance and
+        the weight, from ``log_likelihood_fn``. Leapfrog is reversible and preserves volume
+        whatever the force, so the estimate stays unbiased. Costs one forward pass per temperature.
+    """
+
+    log_prior_fn: LogDensity
+    log_likelihood_fn: LogDensity
+    prior_value_and_grad: ValueAndGrad | None = None
+    likelihood_value_and_grad: ValueAndGrad | None = None
+    exact_energies: bool = False
+
+
+class AISSettings(NamedTuple):
+    r"""How the chains move; a plain tuple of these in their order does in its place.
+
+    :ivar schedule: inverse temperatures :math:`b_0, \dots, b_T`, increasing from 0 to 1.
+    :ivar step_size: leapfrog step :math:`\epsilon`: a number, or a tensor that broadcasts to
+        ``[T, 1, B, 1]``, entry t - 1 for the transition at :math:`b_t`. It must not depend on the
+        chains of the run that uses it (see :func:`tune_step_size`).
+    :ivar num_leapfrog: L, at least 1.
+    :ivar persistence: a, in [0, 1). 0 is AIS+HMC; close to 1 with L = 1 is HAIS, whose authors
+        use :math:`a = 2^{-\epsilon / 2}`.
+    """
+
+    schedule: Tensor
+    step_size: float | Tensor
+    num_leapfrog: int
+    persistence: float = 0.0
 
 
 class AISResult(NamedTuple):
@@ -110,18 +131,6 @@ class BDMCResult(NamedTuple):
         return gap.mean().item(), (gap.std() / math.sqrt(len(gap))).item()
 
 
-class AnnealedPath(NamedTuple):
-    """The two terms of a path and their gradients, named as the arguments of :func:`ais`.
-
-    ``ais(**path._asdict(), z0=z0, schedule=schedule, ...)`` anneals along it.
-    """
-
-    log_prior_fn: LogDensity
-    log_likelihood_fn: LogDensity
-    prior_value_and_grad: ValueAndGrad
-    likelihood_value_and_grad: ValueAndGrad
-
-
 # --- schedules -----------------------------------------------------------------------------------
 
 
@@ -140,8 +149,7 @@ def sigmoid_schedule(num_temperatures: int) -> Tensor:
     tensor([0.0000, 0.1050, 0.5000, 0.8950, 1.0000], dtype=torch.float64)
     """
     s = torch.sigmoid(4.0 * (2.0 * linear_schedule(num_temperatures) - 1.0))
-    schedule = (s - s[0]) / (s[-1] - s[0])
-    return schedule
+    return (s - s[0]) / (s[-1] - s[0])
 
 
 def linear_schedule(num_temperatures: int) -> Tensor:
@@ -153,7 +161,7 @@ def linear_schedule(num_temperatures: int) -> Tensor:
     >>> linear_schedule(4)
     tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
     """
-    _check_count("num_temperatures", num_temperatures)
+    check_counts(num_temperatures=num_temperatures)
     return torch.arange(num_temperatures + 1, dtype=torch.float64) / num_temperatures
 
 
@@ -190,14 +198,7 @@ def log_prob_and_grad(distribution: Distribution) -> ValueAndGrad:
     return normal_value_and_grad
 
 
-def path_from(
-    start: Distribution,
-    log_prior_fn: LogDensity,
-    log_likelihood_fn: LogDensity,
-    *,
-    prior_value_and_grad: ValueAndGrad | None = None,
-    likelihood_value_and_grad: ValueAndGrad | None = None,
-) -> AnnealedPath:
+def path_from(start: Distribution, path: AnnealedPath) -> AnnealedPath:
     r"""A path that starts at any distribution r(z) that can be sampled, such as an encoder's.
 
     .. math:: \log f_b(z) = \log r(z) + b\, \{\log p(z) + \log p(x \mid z) - \log r(z)\}
@@ -208,59 +209,46 @@ def path_from(
 
     :param start: r, of batch shape ``[B]`` (or ``[]``) and event shape ``[D]``; draw ``z0`` from
         it. Its parameters are taken as constants.
-    :param log_prior_fn: :math:`\log p(z)`, ``[K, B, D] -> [K, B]``.
-    :param log_likelihood_fn: :math:`\log p(x \mid z)`, ``[K, B, D] -> [K, B]``.
-    :param prior_value_and_grad: the prior with its gradient; by default from autograd.
-    :param likelihood_value_and_grad: the likelihood with its gradient; by default from autograd.
-    :return: arguments for :func:`ais`, :func:`reverse_ais`, :func:`tune_step_size`, :func:`bdmc`.
+    :param path: the path from the prior.
+    :return: the path from r to the same target.
 
     Source: with an encoder, the AIS+encoder of Wu, Burda, Salakhutdinov and Grosse (2017).
 
     >>> from amortised.models import LinearGaussian
     >>> model = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
     >>> x, generator = torch.tensor([[1.5]]), torch.Generator().manual_seed(0)
-    >>> path = path_from(
-    ...     model.posterior(x), model.prior().log_prob, lambda z: model.log_likelihood(x, z)
-    ... )
+    >>> from_prior = AnnealedPath(model.prior().log_prob, partial(model.log_likelihood, x))
+    >>> path = path_from(model.posterior(x), from_prior)
     >>> z0 = torch.randn(5, 1, 1, generator=generator)
     >>> path.log_likelihood_fn(z0).isclose(model.log_evidence(x)).all()
     tensor(True)
     """
-    start_value_and_grad = log_prob_and_grad(start)
-    prior_value_and_grad = prior_value_and_grad or partial(value_and_grad, log_prior_fn)
-    likelihood_value_and_grad = likelihood_value_and_grad or partial(
-        value_and_grad, log_likelihood_fn
-    )
+    path = AnnealedPath(*path)
+    start_and_grad = log_prob_and_grad(start)
 
     def log_ratio_fn(z: Tensor) -> Tensor:
-        return log_prior_fn(z) + log_likelihood_fn(z) - start.log_prob(z)
+        return path.log_prior_fn(z) + path.log_likelihood_fn(z) - start.log_prob(z)
 
-    def ratio_value_and_grad(z: Tensor) -> tuple[Tensor, Tensor]:
-        (r, r_grad), (p, p_grad) = start_value_and_grad(z), prior_value_and_grad(z)
-        likelihood, likelihood_grad = likelihood_value_and_grad(z)
-        return likelihood + p - r, likelihood_grad + p_grad - r_grad
+    def ratio_and_grad(z: Tensor) -> tuple[Tensor, Tensor]:
+        (r, r_grad), point = start_and_grad(z), _evaluate(path, z)
+        value = point.log_likelihood + point.log_prior - r
+        return value, point.likelihood_grad + point.prior_grad - r_grad
 
-    return AnnealedPath(start.log_prob, log_ratio_fn, start_value_and_grad, ratio_value_and_grad)
+    terms = start.log_prob, log_ratio_fn, start_and_grad, ratio_and_grad
+    return AnnealedPath(*terms, path.exact_energies)
 
 
 # --- annealing -----------------------------------------------------------------------------------
 
 
 def ais(
-    log_prior_fn: LogDensity,
-    log_likelihood_fn: LogDensity,
+    path: AnnealedPath,
     z0: Tensor,
-    schedule: Tensor,
+    settings: AISSettings,
     *,
-    step_size: float | Tensor,
-    num_leapfrog: int,
-    persistence: float = 0.0,
     generator: torch.Generator | None = None,
-    likelihood_value_and_grad: ValueAndGrad | None = None,
-    prior_value_and_grad: ValueAndGrad | None = None,
-    exact_energies: bool = False,
     final_transition: bool = True,
-    on_temperature: Callable[[int], None] | None = None,
+    on_temperature: Callable[[int], object] | None = None,
 ) -> AISResult:
     r"""Annealed importance sampling with Hamiltonian transitions, for all images and chains.
 
@@ -281,28 +269,13 @@ def ais(
 
     To start from a distribution other than the prior, see :func:`path_from`.
 
-    :param log_prior_fn: :math:`\log p(z)` of the distribution that ``z0`` was drawn from, with its
-        normalising constant, ``[K, B, D] -> [K, B]``.
-    :param log_likelihood_fn: :math:`\log p(x \mid z)`, ``[K, B, D] -> [K, B]``.
+    :param path: the two densities.
     :param z0: draws from the prior, ``[K, B, D]``.
-    :param schedule: :math:`b_0, \dots, b_T`, increasing from 0 to 1.
-    :param step_size: leapfrog step :math:`\epsilon`: a number, or a tensor that broadcasts to
-        ``[T, 1, B, 1]``, entry t - 1 for the transition at :math:`b_t`. It must not depend on this
-        run's chains (see :func:`tune_step_size`).
-    :param num_leapfrog: L, at least 1.
-    :param persistence: a, in [0, 1). 0 is AIS+HMC; close to 1 with L = 1 is HAIS, whose authors
-        use :math:`a = 2^{-\epsilon / 2}`.
+    :param settings: schedule, step sizes, L and a.
     :param generator: source of all randomness; the global stream when None.
-    :param likelihood_value_and_grad: a faster route to :math:`\log p(x \mid z)` and its gradient,
-        ``[K, B, D] -> ([K, B], [K, B, D])``; by default ``log_likelihood_fn`` and autograd.
-    :param prior_value_and_grad: the same for the prior.
-    :param exact_energies: when the faster route is of low precision: use it for the dynamics only,
-        and take the log-likelihood at the end of each trajectory, which decides the acceptance and
-        the weight, from ``log_likelihood_fn``. Leapfrog is reversible and preserves volume
-        whatever the force, so the estimate stays unbiased. Costs one forward pass per temperature.
     :param final_transition: whether to make the transition at :math:`b_T = 1`. It does not change
         the weights; it only refreshes ``z``.
-    :param on_temperature: called with t after each temperature, for a progress bar.
+    :param on_temperature: called with t after each temperature.
     :return: an :class:`AISResult`.
     :raises ValueError: when a shape, the schedule or a setting is not as described.
     :raises FloatingPointError: when a log-density is ``nan`` or ``+inf`` at a finite z, naming
@@ -313,40 +286,23 @@ def ais(
     >>> from amortised.models import LinearGaussian
     >>> model = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
     >>> x, generator = torch.tensor([[1.5]]), torch.Generator().manual_seed(0)
-    >>> result = ais(
-    ...     model.prior().log_prob, lambda z: model.log_likelihood(x, z),
-    ...     torch.randn(200, 1, 1, generator=generator), sigmoid_schedule(50),
-    ...     step_size=0.5, num_leapfrog=3, generator=generator,
-    ... )
+    >>> path = AnnealedPath(model.prior().log_prob, partial(model.log_likelihood, x))
+    >>> settings = AISSettings(sigmoid_schedule(50), step_size=0.5, num_leapfrog=3)
+    >>> z0 = torch.randn(200, 1, 1, generator=generator)
+    >>> result = ais(path, z0, settings, generator=generator)
     >>> estimate = log_mean_exp(result.log_weights, dim=0)
     >>> bool((estimate - model.log_evidence(x)).abs() < 0.1), result.num_gradients
     (True, 151)
     """
-    return _anneal(
-        _density(log_prior_fn, log_likelihood_fn, prior_value_and_grad, likelihood_value_and_grad),
-        z0,
-        _settings(z0, schedule, step_size, num_leapfrog, persistence),
-        generator=generator,
-        exact_log_likelihood_fn=log_likelihood_fn if exact_energies else None,
-        final_transition=final_transition,
-        on_temperature=on_temperature,
-    )
+    return _anneal(path, z0, settings, generator, final_transition, on_temperature)
 
 
 def reverse_ais(
-    log_prior_fn: LogDensity,
-    log_likelihood_fn: LogDensity,
+    path: AnnealedPath,
     z_posterior: Tensor,
-    schedule: Tensor,
+    settings: AISSettings,
     *,
-    step_size: float | Tensor,
-    num_leapfrog: int,
-    persistence: float = 0.0,
     generator: torch.Generator | None = None,
-    likelihood_value_and_grad: ValueAndGrad | None = None,
-    prior_value_and_grad: ValueAndGrad | None = None,
-    exact_energies: bool = False,
-    on_temperature: Callable[[int], None] | None = None,
 ) -> AISResult:
     r"""The same chains run backwards, from exact posterior samples to the prior.
 
@@ -367,7 +323,7 @@ def reverse_ais(
     :param z_posterior: samples of :math:`p(z \mid x)`, ``[K, B, D]``. The K chains of an image may
         share one start: each is then still marginally exact. Where x was simulated from the model,
         the z that generated it is such a sample.
-    :param step_size: as in :func:`ais`; entry t - 1 again belongs to :math:`b_t`.
+    :param settings: as in :func:`ais`; the step size of entry t - 1 again belongs to :math:`b_t`.
     :return: an :class:`AISResult`, with ``ess`` that of the reciprocal weights.
 
     Other arguments and errors are those of :func:`ais`.
@@ -377,41 +333,23 @@ def reverse_ais(
     >>> from amortised.models import LinearGaussian
     >>> model = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
     >>> x, generator = torch.tensor([[1.5]]), torch.Generator().manual_seed(0)
+    >>> path = AnnealedPath(model.prior().log_prob, partial(model.log_likelihood, x))
+    >>> settings = AISSettings(sigmoid_schedule(50), step_size=0.5, num_leapfrog=3)
     >>> posterior = 0.75 + 0.5**0.5 * torch.randn(200, 1, 1, generator=generator)
-    >>> result = reverse_ais(
-    ...     model.prior().log_prob, lambda z: model.log_likelihood(x, z), posterior,
-    ...     sigmoid_schedule(50), step_size=0.5, num_leapfrog=3, generator=generator,
-    ... )
+    >>> result = reverse_ais(path, posterior, settings, generator=generator)
     >>> bool((-log_mean_exp(-result.log_weights, dim=0) - model.log_evidence(x)).abs() < 0.1)
     True
     """
-    return _anneal(
-        _density(log_prior_fn, log_likelihood_fn, prior_value_and_grad, likelihood_value_and_grad),
-        z_posterior,
-        _settings(z_posterior, schedule, step_size, num_leapfrog, persistence),
-        generator=generator,
-        exact_log_likelihood_fn=log_likelihood_fn if exact_energies else None,
-        final_transition=False,
-        on_temperature=on_temperature,
-        reverse=True,
-    )
+    return _anneal(path, z_posterior, settings, generator, reverse=True)
 
 
 def bdmc(
-    log_prior_fn: LogDensity,
-    log_likelihood_fn: LogDensity,
+    path: AnnealedPath,
     z0: Tensor,
     z_posterior: Tensor,
-    schedule: Tensor,
+    settings: AISSettings,
     *,
-    step_size: float | Tensor,
-    num_leapfrog: int,
-    persistence: float = 0.0,
     generator: torch.Generator | None = None,
-    likelihood_value_and_grad: ValueAndGrad | None = None,
-    prior_value_and_grad: ValueAndGrad | None = None,
-    exact_energies: bool = False,
-    on_temperature: Callable[[int], None] | None = None,
 ) -> BDMCResult:
     r"""Bidirectional Monte Carlo: a stochastic sandwich around each :math:`\log p(x)`.
 
@@ -426,7 +364,7 @@ def bdmc(
         start, or ``[K, B, D]``.
     :return: a :class:`BDMCResult`.
 
-    Other arguments and errors are those of :func:`ais`. ``on_temperature`` is called 2T times.
+    Other arguments and errors are those of :func:`ais`.
 
     Source: Grosse, Ghahramani and Adams (2015).
 
@@ -435,11 +373,10 @@ def bdmc(
     >>> generator = torch.Generator().manual_seed(0)
     >>> z = torch.randn(50, 1, generator=generator)
     >>> x = z + torch.randn(50, 1, generator=generator)
-    >>> bounds = bdmc(
-    ...     model.prior().log_prob, lambda z: model.log_likelihood(x, z),
-    ...     torch.randn(20, 50, 1, generator=generator), z, sigmoid_schedule(20),
-    ...     step_size=0.5, num_leapfrog=3, generator=generator,
-    ... )
+    >>> path = AnnealedPath(model.prior().log_prob, partial(model.log_likelihood, x))
+    >>> settings = AISSettings(sigmoid_schedule(20), step_size=0.5, num_leapfrog=3)
+    >>> z0 = torch.randn(20, 50, 1, generator=generator)
+    >>> bounds = bdmc(path, z0, z, settings, generator=generator)
     >>> gap, standard_error = bounds.expected_gap
     >>> bounds.lower.shape, 0 < gap < 0.2
     (torch.Size([50]), True)
@@ -451,55 +388,39 @@ def bdmc(
             "z_posterior must be [B, D] or [K, B, D] with the B and D of z0; got shapes "
             f"{tuple(z_posterior.shape)} and {tuple(z0.shape)}"
         )
-    settings = {
-        "step_size": step_size,
-        "num_leapfrog": num_leapfrog,
-        "persistence": persistence,
-        "generator": generator,
-        "likelihood_value_and_grad": likelihood_value_and_grad,
-        "prior_value_and_grad": prior_value_and_grad,
-        "exact_energies": exact_energies,
-        "on_temperature": on_temperature,
-    }
-    forward = ais(log_prior_fn, log_likelihood_fn, z0, schedule, final_transition=False, **settings)
-    reverse = reverse_ais(log_prior_fn, log_likelihood_fn, z_posterior, schedule, **settings)
+    forward = ais(path, z0, settings, generator=generator, final_transition=False)
+    reverse = reverse_ais(path, z_posterior, settings, generator=generator)
     lower = log_mean_exp(forward.log_weights, dim=0)
     return BDMCResult(lower, -log_mean_exp(-reverse.log_weights, dim=0), forward, reverse)
 
 
+@torch.no_grad()
 def tune_step_size(
-    log_prior_fn: LogDensity,
-    log_likelihood_fn: LogDensity,
+    path: AnnealedPath,
     z0: Tensor,
-    schedule: Tensor,
+    settings: AISSettings,
     *,
-    num_leapfrog: int,
-    persistence: float = 0.0,
     target_acceptance: float | None = None,
-    initial_step_size: float = 0.1,
-    factors: tuple[float, float] | None = None,
     bounds: tuple[float, float] = (1e-3, 1.0),
     generator: torch.Generator | None = None,
-    likelihood_value_and_grad: ValueAndGrad | None = None,
-    prior_value_and_grad: ValueAndGrad | None = None,
-    on_temperature: Callable[[int], None] | None = None,
 ) -> Tensor:
     r"""Step sizes for each temperature and image, from a pilot run.
 
     The pilot anneals like :func:`ais`. After each temperature it multiplies the step of an image
-    by the first of ``factors`` if the mean acceptance over its chains exceeded the target, else by
-    the second. Hand the result to a *new* run with *new* random numbers. A run that adapts its own
-    steps lets the present position choose the kernel, which then no longer leaves its
-    target invariant; its weights are biased, and its "bound" is none.
+    by :math:`1 + r` if the mean acceptance over its chains exceeded the target, else by
+    :math:`1 - r`, with r = 0.02 for 1000 temperatures and more, and :math:`20 / T` for fewer, at
+    most 0.1, so that a short pilot can travel as far. Hand the result to a *new* run with *new*
+    random numbers. A run that adapts its own steps lets the present position choose the kernel,
+    which then no longer leaves its target invariant; its weights are biased, and its "bound" is
+    none.
 
+    :param path: as in :func:`ais`, except that ``exact_energies`` is not looked at: the pilot
+        gives no weights.
     :param z0: draws from the prior, ``[K, B, D]``; K may be smaller than in the final run.
-    :param persistence: the number that the final run will use.
+    :param settings: those of the final run; of the step sizes only the first is used, as the step
+        at the first temperature.
     :param target_acceptance: by default 0.65 for fresh momentum and 0.9 for carried momentum,
         where a rejection turns the chain round and undoes what the persistence bought.
-    :param initial_step_size: step at the first temperature.
-    :param factors: growth and decay of the step, above and below 1. By default (1.02, 0.98) for
-        1000 temperatures and more, and :math:`1 \pm 20 / T` for fewer, at most :math:`1 \pm 0.1`,
-        so that a short pilot can travel as far.
     :param bounds: smallest and largest step.
     :return: ``[T, 1, B, 1]``, of the type of ``z0``: the step used at each temperature.
 
@@ -509,48 +430,41 @@ def tune_step_size(
 
     >>> generator = torch.Generator().manual_seed(0)
     >>> normal = lambda z: -0.5 * z.square().sum(-1)
-    >>> steps = tune_step_size(
-    ...     normal, normal, torch.randn(20, 3, 2, generator=generator), linear_schedule(100),
-    ...     num_leapfrog=5, generator=generator,
-    ... )
+    >>> settings = AISSettings(linear_schedule(100), step_size=0.1, num_leapfrog=5)
+    >>> z0 = torch.randn(20, 3, 2, generator=generator)
+    >>> steps = tune_step_size((normal, normal), z0, settings, generator=generator)
     >>> steps.shape, bool(steps[-1].min() > steps[0].max())
     (torch.Size([100, 1, 3, 1]), True)
+    >>> settings = settings._replace(step_size=steps)  # for the run that is reported
     """
+    path = AnnealedPath(*path)._replace(exact_energies=False)
+    settings = _checked(settings, z0)
+    betas, step_size = settings.schedule.tolist(), settings.step_size[0]
     if target_acceptance is None:
-        target_acceptance = 0.9 if persistence > 0 else 0.65
+        target_acceptance = 0.9 if settings.persistence > 0 else 0.65
     if not 0 < target_acceptance < 1:
         raise ValueError(f"target_acceptance must lie in (0, 1); got {target_acceptance}")
-    settings = _settings(z0, schedule, initial_step_size, num_leapfrog, persistence)
-    num_temperatures = len(settings.betas) - 1
-    if factors is None:
-        rate = min(max(20 / num_temperatures, 0.02), 0.1)
-        factors = (1.0 + rate, 1.0 - rate)
-    if not factors[1] < 1 < factors[0] or not factors[1] > 0:
-        raise ValueError(f"factors must be (above 1, between 0 and 1); got {factors}")
-    if not 0 < bounds[0] <= initial_step_size <= bounds[1]:
+    if not (0 < bounds[0] and ((bounds[0] <= step_size) & (step_size <= bounds[1])).all()):
         raise ValueError(
-            "bounds must be positive and hold initial_step_size; "
-            f"got {bounds} and {initial_step_size}"
+            "bounds must be positive and hold the first step size; "
+            f"got {bounds} and steps from {step_size.min():.4g} to {step_size.max():.4g}"
         )
-    density = _density(
-        log_prior_fn, log_likelihood_fn, prior_value_and_grad, likelihood_value_and_grad
-    )
-    steps = z0.new_empty(num_temperatures, 1, z0.shape[1], 1)
-    step_size = z0.new_full((1, z0.shape[1], 1), initial_step_size)
-
-    with torch.no_grad():
-        chains = _start(density, z0)
-        watch = _NanWatch(chains.point)
-        for t, beta in enumerate(settings.betas[1:], start=1):
-            steps[t - 1] = step_size
-            rung = _Rung(t, 0.0, beta, step_size)
-            chains, proposal, acceptance = _transition(density, chains, rung, settings, generator)
-            watch.look(f"temperature {t} (b = {beta:.4g})", proposal)
-            factor = torch.where(acceptance > target_acceptance, factors[0], factors[1])
-            step_size = (step_size * factor[None, :, None]).clamp(*bounds)
-            if on_temperature is not None:
-                on_temperature(t)
-        watch.report()
+    rate = min(max(20 / (len(betas) - 1), 0.02), 0.1)
+    steps = z0.new_empty(settings.step_size.shape)
+    chains = _Chains(_start(path, z0), None)
+    invalid = {0: _invalid(chains.point)}
+    _raise_where(invalid, betas)
+    for t in range(1, len(betas)):
+        steps[t - 1] = step_size
+        chains, proposal, acceptance = _transition(
+            path, chains, betas[t], step_size, settings, generator
+        )
+        invalid[t] = _invalid(proposal)
+        if t % _TEMPERATURES_BETWEEN_CHECKS == 0:
+            _raise_where(invalid, betas)
+        factor = torch.where(acceptance > target_acceptance, 1.0 + rate, 1.0 - rate)
+        step_size = (step_size * factor[None, :, None]).clamp(*bounds)
+    _raise_where(invalid, betas)
     return steps
 
 
@@ -566,11 +480,11 @@ class _Point(NamedTuple):
     log_likelihood: Tensor
     likelihood_grad: Tensor
 
-    def logdensity_and_grad(self, beta: float) -> tuple[Tensor, Tensor]:
-        return (
-            torch.add(self.log_prior, self.log_likelihood, alpha=beta),
-            torch.add(self.prior_grad, self.likelihood_grad, alpha=beta),
-        )
+    def logdensity(self, beta: float) -> Tensor:
+        return torch.add(self.log_prior, self.log_likelihood, alpha=beta)
+
+    def force(self, beta: float) -> Tensor:
+        return torch.add(self.prior_grad, self.likelihood_grad, alpha=beta)
 
 
 class _Chains(NamedTuple):
@@ -580,238 +494,162 @@ class _Chains(NamedTuple):
     momentum: Tensor | None
 
 
-class _Rung(NamedTuple):
-    """One temperature: the weight's increment, then a transition (none where ``beta`` is None)."""
-
-    temperature: int
-    increment: float
-    beta: float | None
-    step_size: Tensor | None
+def _evaluate(path: AnnealedPath, z: Tensor) -> _Point:
+    """Both terms at z with their gradients: what counts as one gradient."""
+    prior = path.prior_value_and_grad or partial(value_and_grad, path.log_prior_fn)
+    likelihood = path.likelihood_value_and_grad or partial(value_and_grad, path.log_likelihood_fn)
+    return _Point(z, *prior(z), *likelihood(z))
 
 
-class _Settings(NamedTuple):
-    """Checked settings, with T + 1 inverse temperatures and T step sizes."""
-
-    betas: list[float]
-    step_sizes: Tensor
-    num_leapfrog: int
-    persistence: float
+def _with_exact_energy(path: AnnealedPath, point: _Point) -> _Point:
+    if not path.exact_energies:
+        return point
+    return point._replace(log_likelihood=path.log_likelihood_fn(point.z))
 
 
-class _AnnealedDensity:
-    """The path as :func:`leapfrog_step` wants it, which keeps the terms at the last point."""
-
-    def __init__(self, prior_value_and_grad: ValueAndGrad, likelihood_value_and_grad: ValueAndGrad):
-        self.prior_value_and_grad = prior_value_and_grad
-        self.likelihood_value_and_grad = likelihood_value_and_grad
-        self.beta = 0.0
-        self.last: _Point | None = None
-
-    def point(self, z: Tensor) -> _Point:
-        return _Point(z, *self.prior_value_and_grad(z), *self.likelihood_value_and_grad(z))
-
-    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        self.last = self.point(z)
-        return self.last.logdensity_and_grad(self.beta)
-
-
-def _density(
-    log_prior_fn: LogDensity,
-    log_likelihood_fn: LogDensity,
-    prior_value_and_grad: ValueAndGrad | None,
-    likelihood_value_and_grad: ValueAndGrad | None,
-) -> _AnnealedDensity:
-    return _AnnealedDensity(
-        prior_value_and_grad or partial(value_and_grad, log_prior_fn),
-        likelihood_value_and_grad or partial(value_and_grad, log_likelihood_fn),
-    )
-
-
-def _start(density: _AnnealedDensity, z0: Tensor) -> _Chains:
+def _start(path: AnnealedPath, z0: Tensor) -> _Point:
     """Evaluate both terms at the start, and check what the callables return."""
-    point = density.point(z0.detach())
-    for name in ("log_prior", "log_likelihood"):
-        value, grad = getattr(point, name), getattr(point, name.replace("log_", "") + "_grad")
+    point = _evaluate(path, z0.detach())
+    for name, value, grad in (
+        ("log_prior", point.log_prior, point.prior_grad),
+        ("log_likelihood", point.log_likelihood, point.likelihood_grad),
+    ):
         if value.shape != z0.shape[:-1] or grad.shape != z0.shape:
             raise ValueError(
                 f"{name} and its gradient must be [K, B] and [K, B, D] = {tuple(z0.shape)}; "
                 f"got shapes {tuple(value.shape)} and {tuple(grad.shape)}"
             )
-    return _Chains(point, None)
+    return _with_exact_energy(path, point)
 
 
 def _transition(
-    density: _AnnealedDensity,
+    path: AnnealedPath,
     chains: _Chains,
-    rung: _Rung,
-    settings: _Settings,
+    beta: float,
+    step_size: Tensor,
+    settings: AISSettings,
     generator: torch.Generator | None,
-    exact_log_likelihood_fn: LogDensity | None = None,
 ) -> tuple[_Chains, _Point, Tensor]:
-    """One transition that leaves the density at ``rung.beta`` invariant.
+    """One transition that leaves the density at ``beta`` invariant.
 
     Returns the chains, the proposals, and the mean acceptance probability of each image, ``[B]``.
     """
     point, momentum = chains
-    noise = torch.randn(
-        point.z.shape, generator=generator, dtype=point.z.dtype, device=point.z.device
-    )
-    a = settings.persistence
+    a, noise = settings.persistence, mcmc.normal_like(point.z, generator)
     momentum = noise if momentum is None else a * momentum + math.sqrt(1.0 - a * a) * noise
 
-    density.beta = rung.beta
-    start = end = LeapfrogState(point.z, momentum, *point.logdensity_and_grad(rung.beta))
-    for _ in range(settings.num_leapfrog):
-        end = leapfrog_step(end, density, rung.step_size)
-    proposal = density.last
-    if exact_log_likelihood_fn is not None:
-        proposal = proposal._replace(log_likelihood=exact_log_likelihood_fn(proposal.z))
-        end = end._replace(logdensity=proposal.logdensity_and_grad(rung.beta)[0])
+    def point_and_force(z: Tensor) -> tuple[_Point, Tensor]:
+        point = _evaluate(path, z)
+        return point, point.force(beta)
 
-    info = metropolis_test(negative_energy(end) - negative_energy(start), generator)
-    per_point = info.is_accepted.unsqueeze(-1)
-    chosen = _Point(
-        *(
-            torch.where(info.is_accepted if new.ndim == 2 else per_point, new, old)
-            for new, old in zip(proposal, point, strict=True)
-        )
-    )
-    momentum = torch.where(per_point, end.momentum, -momentum) if a > 0 else None
-    return _Chains(chosen, momentum), proposal, info.acceptance_probability.mean(0)
+    # The integrator carries the whole point where others have it carry the log-density.
+    end = mcmc.LeapfrogState(point.z, momentum, point, point.force(beta))
+    for _ in range(settings.num_leapfrog):
+        end = mcmc.leapfrog_step(end, point_and_force, step_size)
+    proposal = _with_exact_energy(path, end.logdensity)
+
+    before = mcmc.negative_energy(point.logdensity(beta), momentum)
+    after = mcmc.negative_energy(proposal.logdensity(beta), end.momentum)
+    info = mcmc.metropolis_test(after - before, generator)
+    accepted = info.is_accepted
+    momentum = mcmc.select(accepted, end.momentum, -momentum) if a > 0 else None
+    point = _Point(*map(partial(mcmc.select, accepted), proposal, point))
+    return _Chains(point, momentum), proposal, info.acceptance_probability.mean(0)
 
 
 @torch.no_grad()
 def _anneal(
-    density: _AnnealedDensity,
+    path: AnnealedPath,
     z0: Tensor,
-    settings: _Settings,
-    *,
+    settings: AISSettings,
     generator: torch.Generator | None,
-    exact_log_likelihood_fn: LogDensity | None,
-    final_transition: bool,
-    on_temperature: Callable[[int], None] | None,
+    final_transition: bool = False,
+    on_temperature: Callable[[int], object] | None = None,
     reverse: bool = False,
 ) -> AISResult:
-    """Weight and move along the rungs of the path, forwards or in reverse."""
-    rungs = _rungs(settings, final_transition, reverse)
-    chains = _start(density, z0)
-    if exact_log_likelihood_fn is not None:
-        exact = exact_log_likelihood_fn(chains.point.z)
-        chains = chains._replace(point=chains.point._replace(log_likelihood=exact))
-    watch = _NanWatch(chains.point)
+    """Weight and move, forwards at b_1 ... b_T or in reverse at b_{T-1} ... b_1."""
+    path, settings = AnnealedPath(*path), _checked(settings, z0)
+    betas, num_images = settings.schedule.tolist(), z0.shape[1]
+    last = len(betas) - 1
+    temperatures = range(last - 1, 0, -1) if reverse else range(1, last + final_transition)
+    chains = _Chains(_start(path, z0), None)
+    invalid = {0: _invalid(chains.point)}
+    _raise_where(invalid, betas)
 
-    num_images = z0.shape[1]
-    num_transitions = sum(rung.beta is not None for rung in rungs)
     log_weights = torch.zeros(z0.shape[:2], dtype=torch.float64, device=z0.device)
-    acceptance_rate = z0.new_empty(num_transitions, num_images)
-    ess = log_weights.new_empty(len(rungs), num_images)
+    acceptance_rate = z0.new_empty(len(temperatures), num_images)
+    ess = log_weights.new_empty(last, num_images)
     mean_log_likelihood = torch.empty_like(ess)
 
-    for row, rung in enumerate(rungs):
+    for row, t in enumerate(range(last, 0, -1) if reverse else range(1, last + 1)):
         log_likelihood = chains.point.log_likelihood.double()
-        log_weights.add_(log_likelihood, alpha=rung.increment)
+        log_weights.add_(log_likelihood, alpha=betas[t] - betas[t - 1])
         mean_log_likelihood[row] = log_likelihood.mean(0)
         ess[row] = effective_sample_size(-log_weights if reverse else log_weights)
-        if rung.beta is not None:
+        if row < len(temperatures):
+            at = temperatures[row]
             chains, proposal, acceptance_rate[row] = _transition(
-                density, chains, rung, settings, generator, exact_log_likelihood_fn
+                path, chains, betas[at], settings.step_size[at - 1], settings, generator
             )
-            watch.look(f"temperature {rung.temperature} (b = {rung.beta:.4g})", proposal)
+            invalid[at] = _invalid(proposal)
+            if at % _TEMPERATURES_BETWEEN_CHECKS == 0:
+                _raise_where(invalid, betas)
         if on_temperature is not None:
-            on_temperature(rung.temperature)
-    watch.report()
-    return AISResult(
-        log_weights,
-        chains.point.z,
-        acceptance_rate,
-        ess,
-        mean_log_likelihood,
-        num_gradients=1 + num_transitions * settings.num_leapfrog,
+            on_temperature(t)
+    _raise_where(invalid, betas)
+    records = acceptance_rate, ess, mean_log_likelihood
+    num_gradients = 1 + len(temperatures) * settings.num_leapfrog
+    return AISResult(log_weights, chains.point.z, *records, num_gradients)
+
+
+def _invalid(point: _Point) -> Tensor:
+    """Images with a log-density of nan or +inf at a finite z, ``[B]``."""
+    total = point.log_prior + point.log_likelihood
+    return (~(total < torch.inf) & torch.isfinite(point.z).all(-1)).any(0)
+
+
+def _raise_where(invalid: dict[int, Tensor], betas: list[float]) -> None:
+    """Name the first temperature (0 for the start) at which images were invalid, and the images."""
+    if not torch.stack(list(invalid.values())).any():
+        return
+    t, found = next((t, found) for t, found in invalid.items() if found.any())
+    where = f"temperature {t} (b = {betas[t]:.4g})" if t else "the start"
+    images = found.nonzero().flatten().tolist()
+    others = f" and {len(images) - 1} more" if len(images) > 1 else ""
+    raise FloatingPointError(
+        f"the log-density is nan or +inf at a finite z, at {where}, image {images[0]}"
+        f"{others}; mend the model or its weights: no weight is dropped or repaired"
     )
 
 
-def _rungs(settings: _Settings, final_transition: bool, reverse: bool) -> list[_Rung]:
-    """Forwards, increment t is followed by a transition at b_t; in reverse, by one at b_{t-1}."""
-    betas = settings.betas
-    last = len(betas) - 1
-    rungs = []
-    for t in range(last, 0, -1) if reverse else range(1, last + 1):
-        at = t - 1 if reverse else t
-        increment = betas[t] - betas[t - 1]
-        if at == 0 or (at == last and not final_transition):
-            rungs.append(_Rung(at, increment, None, None))
-        else:
-            rungs.append(_Rung(at, increment, betas[at], settings.step_sizes[at - 1]))
-    return rungs
-
-
-class _NanWatch:
-    """Remember where a log-density was nan or +inf, and raise without making the device wait."""
-
-    def __init__(self, start: _Point):
-        self.seen: list[tuple[str, Tensor]] = []
-        self.look("the start", start)
-        self.report()
-
-    def look(self, where: str, point: _Point) -> None:
-        total = point.log_prior + point.log_likelihood
-        invalid = ~(total < torch.inf) & torch.isfinite(point.z).all(-1)
-        self.seen.append((where, invalid.any(0)))
-        if len(self.seen) >= _RUNGS_BETWEEN_CHECKS:
-            self.report()
-
-    def report(self) -> None:
-        if self.seen and torch.stack([invalid for _, invalid in self.seen]).any():
-            where, invalid = next((w, invalid) for w, invalid in self.seen if invalid.any())
-            images = invalid.nonzero().flatten().tolist()
-            others = f" and {len(images) - 1} more" if len(images) > 1 else ""
-            raise FloatingPointError(
-                f"the log-density is nan or +inf at a finite z, at {where}, image {images[0]}"
-                f"{others}; mend the model or its weights: no weight is dropped or repaired"
-            )
-        self.seen = []
-
-
-def _settings(
-    z0: Tensor,
-    schedule: Tensor,
-    step_size: float | Tensor,
-    num_leapfrog: int,
-    persistence: float,
-) -> _Settings:
+def _checked(settings: AISSettings, z0: Tensor) -> AISSettings:
+    """The settings with a schedule in float64 and a step size for each temperature and image."""
+    schedule, step_size, num_leapfrog, persistence = AISSettings(*settings)
     if z0.ndim != 3 or 0 in z0.shape or not z0.is_floating_point():
         raise ValueError(
-            "positions must be chains x images x latents, [K, B, D], of a floating-point type; "
-            f"got shape {tuple(z0.shape)} and type {z0.dtype}"
+            f"positions must be [K, B, D], floating-point; got {tuple(z0.shape)} of {z0.dtype}"
         )
     betas = torch.as_tensor(schedule, dtype=torch.float64)
     if betas.ndim != 1 or len(betas) < 2:
         raise ValueError(f"schedule must be T + 1 >= 2 values; got shape {tuple(betas.shape)}")
-    if betas[0] != 0 or betas[-1] != 1 or not (betas[1:] > betas[:-1]).all():
+    increments = betas.diff()
+    if betas[0] != 0 or betas[-1] != 1 or not (increments > 0).all():
         raise ValueError(
-            "schedule must increase strictly from 0 to 1; got "
-            f"{betas[0].item():.6g} ... {betas[-1].item():.6g}, smallest increment "
-            f"{(betas[1:] - betas[:-1]).min().item():.3g}"
+            f"schedule must increase strictly from 0 to 1; got {betas[0]:.6g} ... {betas[-1]:.6g}, "
+            f"smallest increment {increments.min():.3g}"
         )
-    _check_count("num_leapfrog", num_leapfrog)
+    check_counts(num_leapfrog=num_leapfrog)
     if not 0 <= persistence < 1:
         raise ValueError(f"persistence must lie in [0, 1); got {persistence}")
-    shape = (len(betas) - 1, 1, z0.shape[1], 1)
-    step_sizes = torch.as_tensor(step_size, dtype=z0.dtype, device=z0.device)
-    try:
-        if step_sizes.ndim not in (0, 4):
-            raise RuntimeError
-        step_sizes = step_sizes.broadcast_to(shape)
-    except RuntimeError:
+    shape = (len(increments), 1, z0.shape[1], 1)
+    steps = torch.as_tensor(step_size, dtype=z0.dtype, device=z0.device)
+    fits = steps.ndim in (0, 4) and all(
+        size in (1, full) for size, full in zip(steps.shape, shape, strict=False)
+    )
+    if not fits:
         raise ValueError(
-            f"step_size must be a number or broadcast to [T, 1, B, 1] = {shape}; "
-            f"got shape {tuple(step_sizes.shape)}"
-        ) from None
-    if not (torch.isfinite(step_sizes) & (step_sizes > 0)).all():
+            f"step_size must broadcast to [T, 1, B, 1] = {shape}; got shape {tuple(steps.shape)}"
+        )
+    if not (torch.isfinite(steps) & (steps > 0)).all():
         raise ValueError(f"step_size must be positive and finite; got {step_size}")
-    return _Settings(betas.tolist(), step_sizes, num_leapfrog, persistence)
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer, at least 1; got {value!r}")
+    return AISSettings(betas, steps.broadcast_to(shape), num_leapfrog, persistence)

@@ -7,8 +7,6 @@ starts with a tick, or raise an ``AssertionError`` that says by how much the ans
 the exercise gives one, a hint.
 """
 
-from __future__ import annotations
-
 import ast
 import difflib
 import math
@@ -19,22 +17,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = [
-    "boolean",
-    "choice",
-    "close",
-    "device",
-    "gradient_matches",
-    "integer",
-    "log_density_normalised",
-    "ordered",
-    "parameters",
-    "real",
-    "within_error",
-]
-
+# A check of one value: returns what the value must be when it is not, and None when it is.
 Specification = Callable[[object], str | None]
-"""A check of one value: returns what the value must be when it is not, and ``None`` when it is."""
 
 
 # --- chapter parameters --------------------------------------------------------------------------
@@ -91,13 +75,7 @@ def integer(minimum: int | None = None, maximum: int | None = None) -> Specifica
     >>> integer(minimum=1)(2.0)
     'an integer, at least 1'
     """
-    expected = "an integer" + _range(minimum, maximum)
-
-    def check(value: object) -> str | None:
-        is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        return None if is_integer and _within(value, minimum, maximum) else expected
-
-    return check
+    return _number(numbers.Integral, "an integer", minimum, maximum)
 
 
 def real(
@@ -116,15 +94,13 @@ def real(
     if open not in (True, False, "minimum", "maximum"):
         raise ValueError(f"open must be True, False, 'minimum' or 'maximum', got {open!r}")
     above, below = open in (True, "minimum"), open in (True, "maximum")
-    expected = "a number" + _range(minimum, maximum, above, below)
+    is_number = _number(numbers.Real, "a number", minimum, maximum, above, below)
 
     def check(value: object) -> str | None:
+        expected = is_number(value)
         if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value):
             # YAML 1.1 reads 1e-3 as text; only 1.0e-3 is a number there.
-            return f"{expected}; this is text: in YAML write a decimal point, as in 1.0e-3"
-        is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if is_real and math.isfinite(value) and _within(value, minimum, maximum, above, below):
-            return None
+            expected += "; this is text: in YAML write a decimal point, as in 1.0e-3"
         return expected
 
     return check
@@ -175,40 +151,38 @@ def device() -> Specification:
     return check
 
 
-def _range(minimum, maximum, above: bool = False, below: bool = False) -> str:
-    lower = None if minimum is None else f"{'greater than' if above else 'at least'} {minimum}"
-    upper = None if maximum is None else f"{'less than' if below else 'at most'} {maximum}"
-    text = " and ".join(part for part in (lower, upper) if part)
-    if not text:
-        return ""
-    return (", " if text.startswith("at") else " ") + text
+def _number(kind: type, name: str, minimum, maximum, above=False, below=False) -> Specification:
+    """A finite number of one kind in a range; ``above`` and ``below`` leave out its ends."""
+    lower = "" if minimum is None else f"{'greater than' if above else 'at least'} {minimum}"
+    upper = "" if maximum is None else f"{'less than' if below else 'at most'} {maximum}"
+    text = " and ".join(filter(None, (lower, upper)))
+    expected = name + (", " if text.startswith("at") else " " if text else "") + text
+    low = -math.inf if minimum is None else minimum
+    high = math.inf if maximum is None else maximum
 
+    def check(value: object) -> str | None:
+        if not isinstance(value, kind) or isinstance(value, bool) or abs(value) == math.inf:
+            return expected
+        large_enough = value > low if above else value >= low
+        small_enough = value < high if below else value <= high
+        return None if large_enough and small_enough else expected
 
-def _within(value, minimum, maximum, above: bool = False, below: bool = False) -> bool:
-    if minimum is not None and (value <= minimum if above else value < minimum):
-        return False
-    return maximum is None or not (value >= maximum if below else value > maximum)
+    return check
 
 
 def _injected_names(namespace: Mapping[str, object]) -> list[str]:
     """Names that the latest cell starting with ``# Parameters`` assigns, in its order."""
     history = namespace.get("In")
     for source in reversed(history if isinstance(history, list) else []):
-        lines = source.strip().splitlines()
-        if lines and lines[0].strip() == "# Parameters":
-            targets = []
-            for node in ast.parse(source).body:
-                targets += node.targets if isinstance(node, ast.Assign) else []
-                targets += [node.target] if isinstance(node, ast.AnnAssign) else []
-            return [target.id for target in targets if isinstance(target, ast.Name)]
+        if source.strip().partition("\n")[0].strip() == "# Parameters":
+            names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+            return [name.id for name in names if isinstance(name.ctx, ast.Store)]
     return []
 
 
 def _suggestion(name: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f"Did you mean {close[0]}?"
-    return "This chapter knows " + ", ".join(known)
+    similar = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {similar[0]}?" if similar else "This chapter knows " + ", ".join(known)
 
 
 # --- answers to exercises ------------------------------------------------------------------------
@@ -274,11 +248,8 @@ def within_error(
         _fail(f"the standard error of {label} is {standard_error:.6g}, it must be positive", hint)
     distance = abs(estimate - truth) / standard_error
     if not distance <= num_standard_errors:
-        _fail(
-            f"{label} is {estimate:.6g}, {distance:.1f} standard errors from {truth:.6g} "
-            f"(at most {num_standard_errors:g} allowed)",
-            hint,
-        )
+        found = f"{label} is {estimate:.6g}, {distance:.1f} standard errors from {truth:.6g}"
+        _fail(f"{found} (at most {num_standard_errors:g} allowed)", hint)
     print(f"✓ {label} is within {num_standard_errors:g} standard errors of the truth")
 
 

@@ -3,8 +3,6 @@ r"""CUDA graphs: a function captured once, then replayed as one launch for hundr
 Small networks spend most of their time on launching kernels. A graph launches them all at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,8 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .numerics import is_capturing
-
-__all__ = ["CapturedFunction"]
 
 State = Mapping[str, Tensor | nn.Module | Optimizer]
 
@@ -110,10 +106,8 @@ def _tensors(state: State) -> dict[tuple, Tensor]:
             for number, moments in enumerate(thing.state.values()):
                 found |= {(name, number, key): value for key, value in moments.items()}
         else:
-            raise TypeError(
-                f"state[{name!r}] is a {type(thing).__name__}; a captured function can change "
-                "tensors, modules and optimisers"
-            )
+            kind = type(thing).__name__
+            raise TypeError(f"state[{name!r}] is a {kind}, no tensor, module or optimiser")
     return found
 
 

@@ -18,8 +18,6 @@ The loaders need neither pydantic nor pooch: the first checks the registry's for
 From a shell: ``python -m amortised.data list``, ``fetch NAME`` and ``verify [NAME]``.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import lzma
@@ -38,23 +36,12 @@ import torch
 
 from .files import atomic_write
 
-__all__ = [
-    "BINARY_SEED",
-    "SPLITS",
-    "DataError",
-    "Digits",
-    "binarise",
-    "cache_folder",
-    "data_folder",
-    "digests",
-    "fetch",
-    "load_mnist",
-    "load_mnist_binary",
-    "load_static_mnist",
-    "read_bytes",
-    "registry",
-]
-
+#: Splits of MNIST: the file an image comes from and its rows there.
+#:
+#: ``train_50000`` and ``valid_10000`` cut the training file in order; ``train_55000`` and
+#: ``valid_5000`` are TensorFlow's tutorial split, which holds out the *first* 5,000 images and
+#: which adversarial variational Bayes uses; ``train_59600`` and ``valid_400`` are the split of the
+#: importance-weighted autoencoder's code.
 SPLITS = {
     "train": ("train", slice(0, 60_000)),
     "test": ("t10k", slice(0, 10_000)),
@@ -65,16 +52,9 @@ SPLITS = {
     "train_59600": ("train", slice(0, 59_600)),
     "valid_400": ("train", slice(59_600, 60_000)),
 }
-"""Splits of MNIST: the file an image comes from and its rows there.
 
-``train_50000`` and ``valid_10000`` cut the training file in order; ``train_55000`` and
-``valid_5000`` are TensorFlow's tutorial split, which holds out the *first* 5,000 images and which
-adversarial variational Bayes uses; ``train_59600`` and ``valid_400`` are the split of the
-importance-weighted autoencoder's code.
-"""
-
+#: Seed of the one fixed binarisation of the held-out images (:func:`load_mnist_binary`).
 BINARY_SEED = 784
-"""Seed of the one fixed binarisation of the held-out images (:func:`load_mnist_binary`)."""
 
 # SHA-256 of the packed bits (numpy.packbits) of each fixed binarisation. The test images are the
 # common yardstick of every evaluation, so a platform that drew other bits must be found out.
@@ -434,8 +414,7 @@ def binarise(images: torch.Tensor, generator: torch.Generator | None = None) -> 
         low, high = images.detach().aminmax()
         if not (low >= 0 and high <= 1):
             raise ValueError(
-                f"images has values from {low:g} to {high:g}; grey values lie in [0, 1] (divide "
-                "levels by 255 or pass them as torch.uint8)"
+                f"images has values from {low:g} to {high:g}, not in [0, 1]; divide levels by 255"
             )
     # float32 whatever the default dtype is, so that one seed stands for one draw.
     draws = torch.rand(images.shape, generator=generator, device=images.device, dtype=torch.float32)
@@ -468,8 +447,8 @@ def load_mnist_binary(split: str = "test") -> Digits:
     if sha256 != _BINARY_SHA256[split]:
         raise DataError(
             f"the fixed binarisation of MNIST {split} has SHA-256 {sha256}, expected "
-            f"{_BINARY_SHA256[split]}: torch {torch.__version__} draws other numbers on this "
-            "platform, no evaluation would compare. Use the version that requirements.lock names."
+            f"{_BINARY_SHA256[split]}: torch {torch.__version__} draws other numbers here. Use the "
+            "version that requirements.lock names."
         )
     return Digits(images, labels)
 
@@ -506,7 +485,7 @@ def load_static_mnist(split: str = "train", dtype: torch.dtype = torch.float32) 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line ``python -m amortised.data list | fetch NAME... | verify [NAME...]``.
+    """Command line ``python -m amortised.data list | fetch | verify [NAME...]``.
 
     :param arguments: words after the program's name; ``None`` takes those of the process.
     :returns: exit status: 0, or 1 if a file is damaged or cannot be fetched, an embedded one

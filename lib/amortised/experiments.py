@@ -9,7 +9,7 @@ r"""The studies of the book: which runs there are, where each stands, and how to
 works on it as :mod:`amortised.runs` describes, and *records* what it found: checks the
 result, and copies it to ``data/results`` and the weights that the study keeps to ``data/models``.
 Stopped at any moment, by ``--max-minutes``, Ctrl-C or ``kill -9``, the same command goes on. To
-compute elsewhere, ``prepare`` here, take the folder there and back, and ``record`` it here. A run is
+compute elsewhere, ``prepare`` here, take the folder there and back, and ``record`` here. A run is
 
 =========== ===================================================================================
 done        when its result is recorded, of the options and recipe version that are asked for now
@@ -23,8 +23,6 @@ With ``--root FOLDER`` the folders ``data`` and ``runs`` lie below that one, and
 studies are those of another file.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys
@@ -34,21 +32,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import data, results, runs
+from .evaluation import load_module
 from .files import LockedError, OutOfTimeError, atomic_write, load_tree, lock
 from .schemas import FormatError
 from .studies import SCALES, Experiment, load_studies
-
-__all__ = [
-    "Experiment",
-    "State",
-    "load_studies",
-    "main",
-    "prepare",
-    "record",
-    "run_experiment",
-    "select",
-    "state_of",
-]
 
 
 class State(NamedTuple):
@@ -103,20 +90,14 @@ def _specification(experiment: Experiment) -> dict:
     needs = None
     if experiment.needs is not None:
         trained = _specification(experiment.needs)
-        needs = {key: trained[key] for key in ("config_hash", "recipe_version")}
-        needs["folder"] = runs.folder_name(trained)
-    return {
-        "study": experiment.study,
-        "row": experiment.row,
-        "scale": experiment.scale,
-        "seed": experiment.seed,
-        "recipe": experiment.recipe,
-        "recipe_version": experiment.recipe_version,
-        "config": experiment.config,
+        needs = runs.identity(trained) | {"folder": runs.folder_name(trained)}
+    facts = experiment._asdict() | {
         "config_hash": results.config_hash(experiment.config),
         "builds_on": needs,
         "keep": list(experiment.keep) if experiment.seed == 0 else [],
     }
+    del facts["needs"]
+    return facts
 
 
 def run_folder(experiment: Experiment, root: Path | None = None) -> Path:
@@ -128,14 +109,14 @@ def state_of(experiment: Experiment, root: Path | None = None) -> State:
     """Where a run stands, from what is on disk."""
     root = root or _project()
     path = results.result_path(root / "data/results", *experiment[:4])
-    found, damage = None, None
+    found, damage, specification = None, None, _specification(experiment)
     if path.exists():
         try:
             found = results.load_result(path).record
         except results.ResultError as error:
             damage = " ".join(str(error).split())
-    kept = [_kept_weights(experiment, role, root) for role in _specification(experiment)["keep"]]
-    if found is not None and _is_of(found, _specification(experiment)):
+    if found is not None and _is_of(found, specification):
+        kept = [_kept_weights(experiment, role, root) for role in specification["keep"]]
         lacking = [weights.name for weights in kept if not weights.is_file()]
         if found["status"] == "failed" or not lacking:
             return State(found["status"], found)
@@ -149,9 +130,9 @@ def state_of(experiment: Experiment, root: Path | None = None) -> State:
 def _is_of(found: Mapping, specification: Mapping) -> bool:
     """Whether a result is that of this run: of its options, version, and trained networks."""
     built_on = specification["builds_on"]
-    wanted = built_on and {key: built_on[key] for key in ("config_hash", "recipe_version")}
-    same = all(found[key] == specification[key] for key in ("config_hash", "recipe_version"))
-    return same and found["details"].get("builds_on") == wanted
+    same = runs.identity(found) == runs.identity(specification)
+    stated = found.get("details", {}).get("builds_on")
+    return same and stated == (built_on and runs.identity(built_on))
 
 
 def _kept_weights(experiment: Experiment, role: str, root: Path) -> Path:
@@ -214,9 +195,10 @@ def run_experiment(
     if experiment.needs is not None:
         trained = run_folder(experiment.needs, root)
         runs.execute(trained, device=device, stop_at=stop_at, training_only=True)
-    runs.execute(folder, device=device, stop_at=stop_at)
+    found = runs.execute(folder, device=device, stop_at=stop_at)
     record(experiment, root)
-    return state_of(experiment, root)
+    state = state_of(experiment, root)
+    return state if state.word == found["status"] else State(found["status"], found)
 
 
 def _empty(folder: Path) -> None:
@@ -238,15 +220,17 @@ def record(experiment: Experiment, root: Path | None = None) -> bool:
     root = root or _project()
     folder = run_folder(experiment, root)
     found = runs.read_json(folder / "result.json")
-    if found is None or (found["status"] == "failed" and state_of(experiment, root).word == "done"):
+    is_done = found is not None and found.get("status") == "done"
+    if found is None or (not is_done and state_of(experiment, root).word == "done"):
         return False
-    per_image = load_tree(folder / "per_image.stage") if found["status"] == "done" else None
+    per_image = load_tree(folder / "per_image.stage") if is_done else None
     results.check_result(found, per_image)
     if not _is_of(found, _specification(experiment)):
         raise FormatError(f"{folder} holds the result of another run; remove it")
-    for role in _specification(experiment)["keep"] if found["status"] == "done" else []:
-        content = (folder / f"{role}.safetensors").read_bytes()
-        atomic_write(_kept_weights(experiment, role, root), content)
+    for role in _specification(experiment)["keep"] if is_done else []:
+        weights = folder / f"{role}.safetensors"
+        load_module(weights)  # or they are damaged
+        atomic_write(_kept_weights(experiment, role, root), weights.read_bytes())
     results.save_result(root / "data/results", found, per_image)
     return True
 
@@ -259,13 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.root = options.root or _project()
-        chosen = select(
-            load_studies(options.file),
-            options.study,
-            options.row,
-            scale=options.scale,
-            seed=options.seed,
-        )
+        found = load_studies(options.file)
+        chosen = select(found, options.study, options.row, scale=options.scale, seed=options.seed)
         return options.command(chosen, options)
     except OutOfTimeError as error:
         return runs.stop(f"{error}; the same command goes on from here", runs.EXIT_OUT_OF_TIME)

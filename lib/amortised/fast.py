@@ -33,9 +33,7 @@ from torch import Tensor, nn
 
 from .cuda import CapturedFunction
 from .models import BernoulliDecoder, LatentVariableModel
-from .numerics import is_capturing, value_and_grad
-
-__all__ = ["ROUTES", "LogLikelihoodAndGrad", "RefreshedLikelihood", "log_likelihood_and_grad"]
+from .numerics import check_counts, is_capturing, value_and_grad
 
 ROUTES = ("auto", "eager", "rewritten", "dense")
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -77,8 +75,9 @@ def log_likelihood_and_grad(
     forward pass per temperature::
 
         fast_fn = log_likelihood_and_grad(model, x, dtype=torch.bfloat16)
-        ais(log_prior_fn, fast_fn.log_likelihood, z0, schedule, step_size=..., num_leapfrog=...,
-            likelihood_value_and_grad=fast_fn, exact_energies=True)
+        path = AnnealedPath(log_prior_fn, fast_fn.log_likelihood,
+                            likelihood_value_and_grad=fast_fn, exact_energies=True)
+        ais(path, z0, settings)
 
     Without ``exact_energies`` the energies are of low precision too. That estimates the evidence of
     a slightly different model, and a table that uses it says so. On the book's trained decoder the
@@ -114,8 +113,7 @@ def log_likelihood_and_grad(
         raise ValueError(f"dtype must be {weight.dtype}, bfloat16 or float16; got {dtype}")
     if chunk_size is None:
         chunk_size = 256 * torch.get_num_threads() if weight.device.type == "cpu" else 65_536
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be an integer, at least 1; got {chunk_size!r}")
+    check_counts(chunk_size=chunk_size)
     return LogLikelihoodAndGrad(model, x, route, dtype or weight.dtype, chunk_size)
 
 
@@ -166,8 +164,7 @@ class LogLikelihoodAndGrad:
         observation_dim = self._model.observation_dim
         if x.ndim != 2 or x.shape[1] != observation_dim or len(x) == 0:
             raise ValueError(
-                f"x must be [B, P] with P = {observation_dim} and B at least 1; "
-                f"got shape {tuple(x.shape)}"
+                f"x must be [B, P] with P = {observation_dim}, B at least 1; got {tuple(x.shape)}"
             )
         if not _is_bernoulli(self._model):
             self._data = x.to(self._like, copy=True)
@@ -233,18 +230,13 @@ class LogLikelihoodAndGrad:
         latent_dim, num_images, like = self._model.latent_dim, len(self._data), self._like
         if z.shape[-1:] != (latent_dim,) or (num_images > 1 and z.shape[-2:-1] != (num_images,)):
             raise ValueError(
-                f"z must be [..., B, D] with B = {num_images} and D = {latent_dim}; "
-                f"got shape {tuple(z.shape)}"
+                f"z must be [..., B = {num_images}, D = {latent_dim}]; got shape {tuple(z.shape)}"
             )
         if z.dtype != like.dtype or z.device != like.device:
-            raise ValueError(
-                f"z must be {like.dtype} on {like.device}, like the model's weights; "
-                f"got {z.dtype} on {z.device}"
-            )
+            weights, found = f"{like.dtype} on {like.device}", f"{z.dtype} on {z.device}"
+            raise ValueError(f"z must be {weights}, like the model's weights; got {found}")
         if self._versions != self._weight_versions():
-            raise RuntimeError(
-                "the model's weights changed since this callable packed them; call its refresh()"
-            )
+            raise RuntimeError("the weights changed since they were packed; call refresh()")
         flat = z.detach().reshape(-1, latent_dim)
         num_chunks = math.ceil(len(flat) / self.chunk_size)
         num_chunks = min(num_chunks, max(1, len(flat) // _FEWEST_ROWS))
@@ -370,9 +362,7 @@ class _Blocks:
         module = layer.module
         square = all(a == b for a, b in (module.kernel_size, module.stride, module.padding))
         if not square or module.groups != 1 or module.dilation != (1, 1):
-            raise ValueError(
-                f"this route needs square kernels, one group and no dilation; got {module}"
-            )
+            raise ValueError(f"this route needs square kernels, one group, no dilation: {module}")
         self.module, self.relu = module, layer.relu
         self.in_shape, self.out_shape = layer.in_shape, layer.out_shape
         channels, *sides = layer.out_shape
@@ -472,9 +462,7 @@ def _choose(model: LatentVariableModel, route: str) -> tuple[str, list[_Stage], 
 
 def _layers(model: LatentVariableModel) -> list[_Layer]:
     if not _is_bernoulli(model):
-        raise ValueError(
-            f"only a BernoulliDecoder has routes other than 'eager'; got {type(model).__name__}"
-        )
+        raise ValueError(f"{type(model).__name__} is no BernoulliDecoder; only 'eager' covers it")
     layers: list[_Layer] = []
     shape: tuple[int, ...] = (model.latent_dim,)
     for module in _flatten(model.decoder):
@@ -491,9 +479,7 @@ def _layers(model: LatentVariableModel) -> list[_Layer]:
             shape = tuple(module(module.weight.new_zeros(1, *shape)).shape[1:])
             layers.append(_Layer(module, in_shape, shape, relu=False))
         else:
-            raise ValueError(
-                f"only the 'eager' route covers a decoder with {module} at shape {shape}"
-            )
+            raise ValueError(f"only the 'eager' route covers a decoder with {module}, {shape}")
     return layers
 
 
@@ -545,9 +531,7 @@ def _rewritten(model: LatentVariableModel) -> tuple[list[_Stage], Tensor]:
             stages.append(_Blocks(layer, is_last=following is None))
             order = stages[-1].order
         else:
-            raise ValueError(
-                f"this route needs a linear layer before the reshape to {layer.in_shape}"
-            )
+            raise ValueError(f"this route needs a linear layer before an image {layer.in_shape}")
     return stages, order
 
 

@@ -25,17 +25,6 @@ from typing import NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
-__all__ = [
-    "DamagedFileError",
-    "LockedError",
-    "OutOfTimeError",
-    "Work",
-    "atomic_write",
-    "load_tree",
-    "lock",
-    "save_tree",
-]
-
 
 class DamagedFileError(ValueError):
     """A file does not hold what was written to it, and there is none before it to go back to."""
@@ -171,9 +160,7 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
     try:
         held.acquire(blocking=False)
     except Timeout:
-        raise LockedError(
-            f"another process is at work in {folder}; wait for it to end or stop it"
-        ) from None
+        raise LockedError(f"another process is at work in {folder}; wait or stop it") from None
     try:
         yield
     finally:

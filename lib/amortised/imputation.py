@@ -9,8 +9,6 @@ Random numbers come from the global stream, except those of chains and masks, wh
 generator.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import NamedTuple
 
@@ -18,26 +16,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent
 
-from .ais import ais
+from .ais import AISSettings, ais
 from .amc import Encoder, student_samples
 from .mcmc import hmc_step, sample_chain
 from .models import LatentVariableModel
-from .numerics import effective_sample_size
+from .numerics import check_counts, effective_sample_size
 
-__all__ = [
-    "MASKS",
-    "ConditionalSamples",
-    "Neighbours",
-    "conditional_samples",
-    "impute",
-    "label_entropy",
-    "missing_mask",
-    "nearest_neighbour_l1",
-    "observed_log_likelihood",
-]
-
+#: Masks of :func:`missing_mask`.
 MASKS = ("lower_half", "left_half", "random", "square")
-"""Masks of :func:`missing_mask`."""
 
 
 def missing_mask(
@@ -108,7 +94,7 @@ def impute(
     (tensor([3.]), True)
     """
     _check_mask(x, mask)
-    _check_counts(num_iterations=num_iterations, num_chains=num_chains)
+    check_counts(num_iterations=num_iterations, num_chains=num_chains)
     start = torch.as_tensor(start, dtype=x.dtype, device=x.device)
     images = torch.where(mask, start, x).expand(num_chains, *x.shape)
     for _ in range(num_iterations):
@@ -187,8 +173,7 @@ def label_entropy(labels: Tensor, num_classes: int = 10) -> Tensor:
     """
     if labels.ndim != 2 or len(labels) == 0 or labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
-            f"labels must be [K, B] with values from 0 to {num_classes - 1}; got shape "
-            f"{tuple(labels.shape)}"
+            f"labels must be [K, B], from 0 to {num_classes - 1}; got shape {tuple(labels.shape)}"
         )
     frequency = torch.nn.functional.one_hot(labels.long(), num_classes).double().mean(0)
     return -(frequency * (frequency + 1e-7).log()).sum(-1).to(torch.get_default_dtype())
@@ -233,8 +218,7 @@ def observed_log_likelihood(
     likelihood = model.likelihood(z)
     if not isinstance(likelihood, Independent) or likelihood.reinterpreted_batch_ndims != 1:
         raise TypeError(
-            "the likelihood must be an Independent distribution of single pixels; got "
-            f"{type(likelihood).__name__}"
+            f"the likelihood must be Independent over pixels; got {type(likelihood).__name__}"
         )
     return (likelihood.base_dist.log_prob(x) * ~mask).sum(-1)
 
@@ -245,9 +229,7 @@ def conditional_samples(
     mask: Tensor,
     num_chains: int,
     *,
-    schedule: Tensor,
-    step_size: float,
-    num_leapfrog: int,
+    settings: AISSettings,
     num_steps: int,
     generator: torch.Generator | None = None,
 ) -> ConditionalSamples:
@@ -261,9 +243,8 @@ def conditional_samples(
     :param x: observations, ``[B, P]``.
     :param mask: True where missing, ``[P]`` or ``[B, P]``.
     :param num_chains: K.
-    :param schedule: inverse temperatures, from 0 to 1.
-    :param step_size: leapfrog step, a number, of both stages.
-    :param num_leapfrog: leapfrog steps of a transition, of both stages.
+    :param settings: of annealing; its step size, a number, and its leapfrog steps serve both
+        stages.
     :param num_steps: Hamiltonian transitions after annealing, at least 1.
     :param generator: source of the chains' randomness; the global stream when None.
     :return: a :class:`ConditionalSamples`; errors as in :func:`amortised.ais.ais`.
@@ -272,20 +253,21 @@ def conditional_samples(
     >>> from amortised.models import LinearGaussian
     >>> model = LinearGaussian(torch.ones(2, 1), torch.zeros(2), 1.0)
     >>> x, mask = torch.tensor([[3.0, 0.0]]), torch.tensor([False, True])
+    >>> settings = AISSettings(linear_schedule(10), step_size=0.5, num_leapfrog=2)
+    >>> generator = torch.Generator().manual_seed(0)
     >>> reference = conditional_samples(
-    ...     model, x, mask, 4000, schedule=linear_schedule(10), step_size=0.5, num_leapfrog=2,
-    ...     num_steps=5, generator=torch.Generator().manual_seed(0),
+    ...     model, x, mask, 4000, settings=settings, num_steps=5, generator=generator
     ... )
     >>> bool((reference.x[..., 1].mean() - 1.5).abs() < 0.1)
     True
     """
     _check_mask(x, mask)
-    _check_counts(num_chains=num_chains, num_steps=num_steps)
+    check_counts(num_chains=num_chains, num_steps=num_steps)
+    settings = AISSettings(*settings)
     log_prior_fn = model.prior().log_prob
     log_likelihood_fn = partial(observed_log_likelihood, model, x, mask)
     z0 = model.prior().sample((num_chains, len(x)))
-    hamiltonian = {"step_size": step_size, "num_leapfrog": num_leapfrog, "generator": generator}
-    annealed = ais(log_prior_fn, log_likelihood_fn, z0, schedule, **hamiltonian)
+    annealed = ais((log_prior_fn, log_likelihood_fn), z0, settings, generator=generator)
     weights = annealed.log_weights.softmax(0).T
     chosen = torch.multinomial(weights, num_chains, replacement=True, generator=generator).T
     z = annealed.z.gather(0, chosen.unsqueeze(-1).expand_as(annealed.z))
@@ -293,22 +275,14 @@ def conditional_samples(
     def logdensity_fn(z: Tensor) -> Tensor:
         return log_prior_fn(z) + log_likelihood_fn(z)
 
-    def kernel(state):
-        return hmc_step(state, logdensity_fn, step_size, num_leapfrog, generator=generator)
-
+    moves = {"step_size": settings.step_size, "num_steps": settings.num_leapfrog}
+    kernel = partial(hmc_step, logdensity_fn=logdensity_fn, generator=generator, **moves)
     chain = sample_chain(kernel, z, 1, thin=num_steps)
     z = chain.samples[-1]
     with torch.no_grad():
         completed = torch.where(mask, model.likelihood(z).sample(), x)
-    return ConditionalSamples(
-        completed, z, effective_sample_size(annealed.log_weights), chain.acceptance_rate
-    )
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+    ess = effective_sample_size(annealed.log_weights)
+    return ConditionalSamples(completed, z, ess, chain.acceptance_rate)
 
 
 def _check_mask(x: Tensor, mask: Tensor) -> None:

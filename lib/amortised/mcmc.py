@@ -15,29 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .numerics import all_finite, value_and_grad
-
-__all__ = [
-    "ChainState",
-    "KernelInfo",
-    "LeapfrogState",
-    "SampledChain",
-    "chain_effective_sample_size",
-    "hmc_step",
-    "init_state",
-    "langevin_step",
-    "leapfrog",
-    "leapfrog_step",
-    "mala_step",
-    "metropolis_step",
-    "sample_chain",
-    "split_rhat",
-]
+from .numerics import all_finite, check_counts, value_and_grad
 
 LogDensity = Callable[[Tensor], Tensor]
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -81,7 +64,7 @@ def init_state(z: Tensor, logdensity_fn: LogDensity) -> ChainState:
 
 def leapfrog_step(
     state: LeapfrogState | tuple[Tensor, Tensor, Tensor, Tensor],
-    value_and_grad_fn: ValueAndGrad,
+    value_and_grad_fn: Callable[[Tensor], tuple[Any, Tensor]],
     step_size: float | Tensor,
 ) -> LeapfrogState:
     r"""One leapfrog step of Hamiltonian dynamics, the only integrator of the library.
@@ -101,7 +84,8 @@ def leapfrog_step(
 
     :param state: ``(z, momentum, logdensity, grad)``, of shapes ``[..., D]``, ``[..., D]``,
         ``[...]``, ``[..., D]``.
-    :param value_and_grad_fn: maps ``[..., D]`` to the log-density and its gradient.
+    :param value_and_grad_fn: maps ``[..., D]`` to the log-density and its gradient. The step itself
+        needs the gradient alone: what stands in the place of the log-density is only carried along.
     :param step_size: :math:`\epsilon`, a number or a tensor that broadcasts to ``z``.
     :return: the state after the step.
     """
@@ -133,7 +117,7 @@ def leapfrog(
     >>> z, momentum  # close to cos(1) and -sin(1)
     (tensor([[0.5400]]), tensor([[-0.8406]]))
     """
-    _check_num_steps(num_steps, minimum=0)
+    check_counts(num_steps=num_steps, minimum=0)
     value_and_grad_fn = partial(value_and_grad, logdensity_fn)
     state = LeapfrogState(z, momentum, *value_and_grad_fn(z))
     for _ in range(num_steps):
@@ -161,7 +145,7 @@ def metropolis_step(
     _check_step_size(step_size)
     if isinstance(state, Tensor):
         state = ChainState(state, logdensity_fn(state), None)
-    z = state.z + step_size * _normal_like(state.z, generator)
+    z = state.z + step_size * normal_like(state.z, generator)
     proposal = ChainState(z, logdensity_fn(z), None)
     return _accept(state, proposal, proposal.logdensity - state.logdensity, generator)
 
@@ -197,7 +181,7 @@ def langevin_step(
             "use a smaller step_size"
         )
     step_size = torch.as_tensor(step_size, dtype=z.dtype)  # a number stays on the CPU, as a scalar
-    noise = _normal_like(z, generator)
+    noise = normal_like(z, generator)
     return z.detach() + 0.5 * step_size * grad + step_size.sqrt() * noise
 
 
@@ -254,22 +238,24 @@ def hmc_step(
     (torch.Size([1000, 2]), True)
     """
     _check_step_size(step_size)
-    _check_num_steps(num_steps, minimum=1)
+    check_counts(num_steps=num_steps)
     if isinstance(state, Tensor) or state.grad is None:
         state = init_state(state if isinstance(state, Tensor) else state.z, logdensity_fn)
     value_and_grad_fn = partial(value_and_grad, logdensity_fn)
-    momentum = _normal_like(state.z, generator)
-    start = end = LeapfrogState(state.z, momentum, state.logdensity, state.grad)
+    momentum = normal_like(state.z, generator)
+    end = LeapfrogState(state.z, momentum, state.logdensity, state.grad)
     for _ in range(num_steps):
         end = leapfrog_step(end, value_and_grad_fn, step_size)
-    log_ratio = negative_energy(end) - negative_energy(start)
+    log_ratio = negative_energy(end.logdensity, end.momentum) - negative_energy(
+        state.logdensity, momentum
+    )
     proposal = ChainState(end.z, end.logdensity, end.grad)
     return _accept(state, proposal, log_ratio, generator)
 
 
-def negative_energy(state: LeapfrogState) -> Tensor:
+def negative_energy(logdensity: Tensor, momentum: Tensor) -> Tensor:
     r""":math:`-H(z, \rho) = \log \pi(z) - \tfrac12 \|\rho\|^2`, one value per chain."""
-    return state.logdensity - 0.5 * state.momentum.square().sum(-1)
+    return logdensity - 0.5 * momentum.square().sum(-1)
 
 
 def metropolis_test(log_ratio: Tensor, generator: torch.Generator | None = None) -> KernelInfo:
@@ -313,13 +299,8 @@ def sample_chain(
     >>> chain.samples.shape, chain.acceptance_rate.shape
     (torch.Size([50, 4, 2]), torch.Size([4]))
     """
-    for name, value, minimum in (
-        ("num_samples", num_samples, 1),
-        ("burn_in", burn_in, 0),
-        ("thin", thin, 1),
-    ):
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}; got {value}")
+    check_counts(num_samples=num_samples, thin=thin)
+    check_counts(burn_in=burn_in, minimum=0)
     state, kept, acceptance = initial, [], []
     for step in range(burn_in + num_samples * thin):
         out = kernel(state)
@@ -421,8 +402,15 @@ def _normal_scores(chains: Tensor) -> Tensor:
     return torch.special.ndtri(share).reshape(chains.shape)
 
 
-def _normal_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
+def normal_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Independent standard normal numbers of the shape, type and device of z."""
     return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+
+
+def select(is_accepted: Tensor, proposal: Tensor, current: Tensor) -> Tensor:
+    """The proposals of the chains that accept, ``[...]`` or ``[..., D]``, elsewhere the current."""
+    shape = is_accepted.shape + (1,) * (proposal.ndim - is_accepted.ndim)
+    return torch.where(is_accepted.reshape(shape), proposal, current)
 
 
 def _accept(
@@ -430,24 +418,13 @@ def _accept(
 ) -> tuple[ChainState, KernelInfo]:
     """The proposal where the Metropolis test accepts it, the old state elsewhere."""
     info = metropolis_test(log_ratio, generator)
-
-    def choose(new: Tensor | None, old: Tensor | None) -> Tensor | None:
-        if new is None or old is None:
-            return None
-        return torch.where(
-            info.is_accepted.reshape(log_ratio.shape + (1,) * (new.ndim - log_ratio.ndim)), new, old
-        )
-
-    chosen = ChainState(*(choose(new, old) for new, old in zip(proposal, state, strict=True)))
-    return chosen, info
+    z, logdensity = (select(info.is_accepted, proposal[i], state[i]) for i in range(2))
+    has_grad = proposal.grad is not None and state.grad is not None
+    grad = select(info.is_accepted, proposal.grad, state.grad) if has_grad else None
+    return ChainState(z, logdensity, grad), info
 
 
 def _check_step_size(step_size: float | Tensor) -> None:
     positive = (step_size > 0).all() if isinstance(step_size, Tensor) else step_size > 0
     if not positive:
         raise ValueError(f"step_size must be positive; got {step_size}")
-
-
-def _check_num_steps(num_steps: int, minimum: int) -> None:
-    if num_steps < minimum:
-        raise ValueError(f"num_steps must be at least {minimum}; got {num_steps}")

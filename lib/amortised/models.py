@@ -1,29 +1,10 @@
 r"""Latent-variable models :math:`p_\theta(x, z) = p(z)\, p_\theta(x \mid z)`."""
 
-from __future__ import annotations
-
 import torch
-from torch import Tensor, nn
-from torch.distributions import (
-    Bernoulli,
-    Categorical,
-    Distribution,
-    Independent,
-    LowRankMultivariateNormal,
-    MixtureSameFamily,
-    MultivariateNormal,
-    Normal,
-)
+from torch import Tensor, distributions, nn
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
 from .numerics import check_counts
-
-__all__ = [
-    "BernoulliDecoder",
-    "ConvBernoulli",
-    "GaussianMixture",
-    "LatentVariableModel",
-    "LinearGaussian",
-]
 
 
 class LatentVariableModel(nn.Module):
@@ -90,9 +71,7 @@ class LatentVariableModel(nn.Module):
 
     def _check(self, x: Tensor, z: Tensor) -> None:
         if z.shape[-1:] != (self.latent_dim,):
-            raise ValueError(
-                f"z must end in latent_dim={self.latent_dim}; got shape {tuple(z.shape)}"
-            )
+            raise ValueError(f"z must end in latent_dim={self.latent_dim}; got {tuple(z.shape)}")
         if x.shape[-1:] != (self.observation_dim,):
             raise ValueError(
                 f"x must end in observation_dim={self.observation_dim}; got shape "
@@ -128,8 +107,7 @@ class LinearGaussian(LatentVariableModel):
     def __init__(self, weight: Tensor, bias: Tensor, noise_scale: float | Tensor):
         if weight.ndim != 2 or bias.shape != weight.shape[:1]:
             raise ValueError(
-                "weight must be [P, D] and bias [P]; got shapes "
-                f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+                f"weight must be [P, D], bias [P]; got {tuple(weight.shape)}, {tuple(bias.shape)}"
             )
         scale = torch.as_tensor(noise_scale, dtype=weight.dtype, device=weight.device)
         if scale.ndim != 0 or not scale > 0:
@@ -148,7 +126,7 @@ class LinearGaussian(LatentVariableModel):
         r""":math:`\mathcal{N}(W z + b, \sigma^2 I)` for latents ``[..., D]``."""
         return Independent(Normal(z @ self.weight.T + self.bias, self.noise_scale), 1)
 
-    def posterior(self, x: Tensor) -> MultivariateNormal:
+    def posterior(self, x: Tensor) -> distributions.MultivariateNormal:
         r"""The exact posterior :math:`p(z \mid x)`.
 
         :param x: observations, ``[B, P]``.
@@ -156,16 +134,15 @@ class LinearGaussian(LatentVariableModel):
         """
         variance = self.noise_scale.square()
         gram = self.weight.T @ self.weight
-        scaled_precision = gram + variance * torch.eye(
-            self.latent_dim, dtype=gram.dtype, device=gram.device
-        )
+        identity = torch.eye(self.latent_dim, dtype=gram.dtype, device=gram.device)
+        scaled_precision = gram + variance * identity
         mean = torch.linalg.solve(scaled_precision, self.weight.T @ (x - self.bias).T).T
-        return MultivariateNormal(mean, precision_matrix=scaled_precision / variance)
+        return distributions.MultivariateNormal(mean, precision_matrix=scaled_precision / variance)
 
     def log_evidence(self, x: Tensor) -> Tensor:
         r"""The exact :math:`\log p(x)` in nats, ``[B, P] -> [B]``."""
         variance = self.noise_scale.square().expand(self.observation_dim)
-        return LowRankMultivariateNormal(self.bias, self.weight, variance).log_prob(x)
+        return distributions.LowRankMultivariateNormal(self.bias, self.weight, variance).log_prob(x)
 
 
 class GaussianMixture(LatentVariableModel):
@@ -215,7 +192,7 @@ class GaussianMixture(LatentVariableModel):
         self.log_scales = nn.Parameter(scales.detach().clone().log())
         self.log_noise_scale = nn.Parameter(noise_scale.detach().clone().log())
 
-    def prior(self) -> MixtureSameFamily:
+    def prior(self) -> distributions.MixtureSameFamily:
         """The mixture, of event shape ``[1]``; its ``mixture_distribution`` is that of c."""
         return _scalar_mixture(self.logits, self.means, self.log_scales.exp())
 
@@ -223,7 +200,7 @@ class GaussianMixture(LatentVariableModel):
         r""":math:`\mathcal{N}(z, \sigma^2)` for latents ``[..., 1]``."""
         return Independent(Normal(z, self.log_noise_scale.exp()), 1)
 
-    def evidence(self) -> MixtureSameFamily:
+    def evidence(self) -> distributions.MixtureSameFamily:
         """The marginal of the observation, p(x), as a distribution of event shape ``[1]``."""
         return _scalar_mixture(self.logits, self.means, self._marginal_scales())
 
@@ -231,7 +208,7 @@ class GaussianMixture(LatentVariableModel):
         r"""The exact :math:`\log p(x)` in nats, ``[..., 1] -> [...]``."""
         return self.evidence().log_prob(x)
 
-    def posterior(self, x: Tensor) -> MixtureSameFamily:
+    def posterior(self, x: Tensor) -> distributions.MixtureSameFamily:
         r"""The exact posterior :math:`p(z \mid x)`, again a mixture.
 
         :param x: observations, ``[..., 1]``.
@@ -249,9 +226,11 @@ class GaussianMixture(LatentVariableModel):
         return torch.hypot(self.log_scales.exp(), self.log_noise_scale.exp())
 
 
-def _scalar_mixture(logits: Tensor, means: Tensor, scales: Tensor) -> MixtureSameFamily:
+def _scalar_mixture(
+    logits: Tensor, means: Tensor, scales: Tensor
+) -> distributions.MixtureSameFamily:
     components = Independent(Normal(means.unsqueeze(-1), scales.unsqueeze(-1)), 1)
-    return MixtureSameFamily(Categorical(logits=logits), components)
+    return distributions.MixtureSameFamily(Categorical(logits=logits), components)
 
 
 class BernoulliDecoder(LatentVariableModel):
@@ -281,6 +260,32 @@ class BernoulliDecoder(LatentVariableModel):
     def likelihood(self, z: Tensor) -> Distribution:
         """Independent Bernoulli pixels for latents ``[..., D]``; observations must be 0 or 1."""
         return Independent(Bernoulli(logits=self.logits(z)), 1)
+
+    @torch.no_grad()
+    def start_at_mean(self, images: Tensor) -> None:
+        r"""Set the bias of the last layer to :math:`\mathrm{logit}` of the images' mean.
+
+        Where the layer has one bias for all pixels, as a convolution has, the mean is over all of
+        them; where it has one for each pixel, it is the mean of that pixel. Without this the first
+        hundreds of updates learn no more than that most pixels are black.
+
+        :param images: grey values or zeros and ones, ``[N, P]``.
+        :raises ValueError: when a mean is 0 or 1, and has no finite logit.
+
+        >>> model = BernoulliDecoder(nn.Linear(1, 2), latent_dim=1, observation_dim=2)
+        >>> model.start_at_mean(torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]]))
+        >>> model.decoder.bias.sigmoid()
+        tensor([0.2500, 0.7500], grad_fn=...)
+        """
+        layers = [m for m in self.decoder.modules() if getattr(m, "bias", None) is not None]
+        bias = layers[-1].bias
+        mean = images.mean() if bias.numel() == 1 else images.mean(0)
+        if not ((mean > 0) & (mean < 1)).all():
+            raise ValueError(
+                f"the mean of each pixel must lie between 0 and 1; got {mean.min():g} to "
+                f"{mean.max():g}. Give more images, or average them over pixels"
+            )
+        bias.copy_(mean.logit())
 
 
 class ConvBernoulli(BernoulliDecoder):

@@ -1,7 +1,5 @@
 """Log-space scalars and gradients: the few numerical primitives everything else is built on."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import numbers
@@ -10,17 +8,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-
-__all__ = [
-    "CallCounter",
-    "all_finite",
-    "argument_validation",
-    "check_counts",
-    "effective_sample_size",
-    "is_capturing",
-    "log_mean_exp",
-    "value_and_grad",
-]
 
 
 def is_capturing() -> bool:
@@ -56,6 +43,22 @@ def argument_validation(enabled: bool) -> Iterator[None]:
         yield
     finally:
         Distribution.set_default_validate_args(before)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed PyTorch's global streams for a while, and put them back.
+
+    :param seed: of the streams of the CPU and of ``device``.
+    :param device: where else numbers are drawn meanwhile.
+
+    >>> with seeded(0, torch.device("cpu")):
+    ...     torch.rand(2)
+    tensor([0.4963, 0.7682])
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def check_counts(*, minimum: int = 1, **counts: object) -> None:
@@ -94,9 +97,7 @@ def log_mean_exp(x: Tensor, dim: int) -> Tensor:
     tensor(-0.6931)
     """
     if x.shape[dim] == 0:
-        raise ValueError(
-            f"log_mean_exp needs at least one value along dim={dim}; got shape {tuple(x.shape)}"
-        )
+        raise ValueError(f"log_mean_exp: no value along dim={dim} of shape {tuple(x.shape)}")
     return torch.logsumexp(x, dim) - math.log(x.shape[dim])
 
 
@@ -143,10 +144,8 @@ def value_and_grad(
             z = z.detach().requires_grad_(True)
         value = logdensity_fn(z)
         if value.shape != z.shape[:-1]:
-            raise ValueError(
-                "a log-density must map [..., D] to [...]: for z of shape "
-                f"{tuple(z.shape)} it returned {tuple(value.shape)}, expected {tuple(z.shape[:-1])}"
-            )
+            shapes = f"for z of shape {tuple(z.shape)} it returned {tuple(value.shape)}"
+            raise ValueError(f"a log-density must map [..., D] to [...]: {shapes}")
         (grad,) = torch.autograd.grad(value.sum(), z, create_graph=create_graph)
     return (value, grad) if create_graph else (value.detach(), grad)
 

@@ -6,8 +6,6 @@ distribution ``q`` itself, hence from PyTorch's global random stream. ``model`` 
 ``log_likelihood(x, z)``.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 
@@ -17,19 +15,6 @@ from torch.distributions import Distribution, kl_divergence
 
 from .models import LatentVariableModel
 from .numerics import check_counts, log_mean_exp
-
-__all__ = [
-    "dreg_surrogate",
-    "elbo",
-    "importance_log_weights",
-    "iwae_bound",
-    "pq_loss",
-    "qp_loss",
-    "score_function_surrogate",
-    "stl_surrogate",
-    "wake_phi_loss",
-    "wake_theta_loss",
-]
 
 
 def importance_log_weights(
@@ -209,8 +194,7 @@ def pq_loss(encoder: Callable[[Tensor], Distribution], x: Tensor, z: Tensor) -> 
     """
     if x.shape[:-1] != z.shape[:-1]:
         raise ValueError(
-            "pq_loss needs one latent for each observation: x has shape "
-            f"{tuple(x.shape)} and z has shape {tuple(z.shape)}"
+            f"x and z must agree in their batch shape; got {tuple(x.shape)} and {tuple(z.shape)}"
         )
     return -encoder(x.detach()).log_prob(z.detach())
 
@@ -302,29 +286,34 @@ def score_function_surrogate(log_weights: Tensor, log_q: Tensor, baseline: bool 
     signal = log_weights.detach()
     if baseline:
         if num_samples < 2:
-            raise ValueError(
-                f"the leave-one-out baseline needs at least 2 samples; got {num_samples}"
-            )
+            raise ValueError(f"the baseline needs at least 2 samples; got {num_samples}")
         signal = (signal - signal.mean(0)) * num_samples / (num_samples - 1)
     surrogate = (signal * log_q).mean(0)
     return log_weights.mean(0) + surrogate - surrogate.detach()
 
 
 def _reparameterised_samples(q: Distribution, x: Tensor, num_samples: int) -> Tensor:
-    _check_samples(q, x, num_samples)
+    check_counts(num_samples=num_samples)
+    check_proposal(q, x)
     return q.rsample((num_samples,))
 
 
 def _fixed_samples(q: Distribution, x: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
     """Draws ``[K, B, D]`` from q and their log-densities ``[K, B]``, both without a graph."""
-    _check_samples(q, x, num_samples)
+    check_counts(num_samples=num_samples)
+    check_proposal(q, x)
     with torch.no_grad():
         z = q.sample((num_samples,))
         return z, q.log_prob(z)
 
 
-def _check_samples(q: Distribution, x: Tensor, num_samples: int) -> None:
-    check_counts(num_samples=num_samples)
+def check_proposal(q: Distribution, x: Tensor) -> None:
+    """Check that there is one distribution per observation.
+
+    :param q: of batch shape ``[B]``.
+    :param x: observations, ``[B, P]``.
+    :raises ValueError: when there is not.
+    """
     if q.batch_shape != x.shape[:-1]:
         raise ValueError(
             "q must have one distribution per observation: its batch shape is "

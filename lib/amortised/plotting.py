@@ -7,8 +7,6 @@ draw on axes that the caller made, or make a figure of their own if given none, 
 What only one chapter draws is drawn there.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -22,20 +20,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = [
-    "COLOURS",
-    "GREY",
-    "LINES",
-    "animate",
-    "mosaic",
-    "show_density",
-    "show_digits",
-    "use_style",
-]
-
+#: Text, axes and ticks: 4.2 to 1 in contrast on white, 4.3 to 1 on the dark page #14181e.
 GREY = "#757d89"
-"""Text, axes and ticks: 4.2 to 1 in contrast on white, 4.3 to 1 on the dark page #14181e."""
 
+#: A colour for each thing that recurs: the exact answer (posterior, evidence), the approximation q,
+#: a bound, samples, and two for whatever else there is. Each has a contrast of at least 3.2 to 1 on
+#: white and on #14181e; chosen by search so that they stay apart for readers who confuse red and
+#: green (a test simulates protanopia and deuteranopia).
 COLOURS = {
     "exact": "#529e74",
     "approximation": "#d67320",
@@ -44,11 +35,9 @@ COLOURS = {
     "highlight": "#7e53bc",
     "other": "#796914",
 }
-"""A colour for each thing that recurs: the exact answer (posterior, evidence), the approximation q,
-a bound, samples, and two for whatever else there is. Each has a contrast of at least 3.2 to 1 on
-white and on #14181e; chosen by search so that they stay apart for readers who confuse red and green
-(a test simulates protanopia and deuteranopia)."""
 
+#: Line styles to go with the colours, so that no line is told by its colour alone: ``ax.plot(x, y,
+#: **LINES["exact"])``.
 LINES = {
     "exact": {"color": COLOURS["exact"], "linestyle": "-", "linewidth": 2.4},
     "approximation": {"color": COLOURS["approximation"], "linestyle": "--"},
@@ -56,40 +45,31 @@ LINES = {
     "samples": {"color": COLOURS["samples"], "linestyle": "-."},
     "reference": {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 1.2},
 }
-"""Line styles to go with the colours, so that no line is told by its colour alone:
-``ax.plot(x, y, **LINES["exact"])``."""
 
-_CYCLE = ("bound", "approximation", "exact", "samples", "highlight", "other")
 
+_CYCLE = "bound approximation exact samples highlight other"
+_BARE = "figure.facecolor figure.edgecolor savefig.facecolor savefig.edgecolor axes.facecolor"
+_INK = (
+    "axes.edgecolor axes.labelcolor axes.titlecolor text.color xtick.color ytick.color grid.color "
+    "legend.labelcolor hatch.color"
+)
 _STYLE = {
-    "figure.facecolor": "none",
-    "figure.edgecolor": "none",
+    **dict.fromkeys(_BARE.split(), "none"),
+    **dict.fromkeys(_INK.split(), GREY),
     "figure.figsize": (6.4, 3.6),
     "figure.constrained_layout.use": True,
     "figure.dpi": 96,
-    "savefig.facecolor": "none",
-    "savefig.edgecolor": "none",
     "svg.hashsalt": "amortised",
     "svg.fonttype": "path",
     "path.simplify_threshold": 0.5,
-    "axes.facecolor": "none",
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": GREY,
-    "axes.titlecolor": GREY,
     "axes.titlesize": "medium",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": plt.cycler(color=[COLOURS[name] for name in _CYCLE]),
+    "axes.prop_cycle": plt.cycler(color=[COLOURS[name] for name in _CYCLE.split()]),
     "axes.axisbelow": True,
-    "text.color": GREY,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "grid.color": GREY,
     "grid.alpha": 0.3,
     "legend.frameon": False,
-    "legend.labelcolor": GREY,
     "lines.linewidth": 1.8,
-    "hatch.color": GREY,
     "font.size": 10,
     "image.interpolation": "none",
 }
@@ -199,17 +179,13 @@ def _as_images(images: Tensor) -> np.ndarray:
     if pixels.ndim == 2:
         side = math.isqrt(pixels.shape[1])
         if side * side != pixels.shape[1]:
-            raise ValueError(
-                f"images have {pixels.shape[1]} pixels, which is no square; pass [N, H, W]"
-            )
+            raise ValueError(f"images of {pixels.shape[1]} pixels are no squares; pass [N, H, W]")
         pixels = pixels.reshape(-1, side, side)
     if pixels.ndim != 3 or len(pixels) == 0:
         raise ValueError(f"images must be [N, pixels] or [N, H, W], got {list(pixels.shape)}")
-    if not (pixels.min() >= 0 and pixels.max() <= 1):
-        raise ValueError(
-            f"images must lie in [0, 1], got values from {pixels.min():.3g} to {pixels.max():.3g}; "
-            "pass probabilities, not logits"
-        )
+    low, high = pixels.min(), pixels.max()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"images go from {low:.3g} to {high:.3g}; pass probabilities")
     return pixels
 
 
@@ -260,8 +236,7 @@ def show_density(
         log_density = log_density_fn(points)
     if log_density.shape != points.shape[:-1]:
         raise ValueError(
-            f"log_density_fn maps {list(points.shape)} to {list(log_density.shape)}, "
-            f"not to {list(points.shape[:-1])}"
+            f"log_density_fn maps {list(points.shape)} to {list(log_density.shape)}, not to [...]"
         )
     if not torch.isfinite(log_density.max()):
         raise ValueError(f"the largest log-density on the grid is {log_density.max().item()}")
@@ -334,16 +309,10 @@ def animate(
     sheet = sheet.quantize(num_colours, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     height = frames[0].shape[0]
     strips = [sheet.crop((0, i * height, sheet.width, (i + 1) * height)) for i in range(num_frames)]
-    buffer = io.BytesIO()
-    strips[-1].save(
-        buffer,
-        format="PNG",
-        save_all=True,
-        default_image=True,  # what save() is called on is the still picture
-        append_images=strips,
-        duration=[1000 / fps] * (num_frames - 1) + [1000 / fps + 1500],
-        loop=0,
-    )
+    buffer, duration = io.BytesIO(), [1000 / fps] * (num_frames - 1) + [1000 / fps + 1500]
+    movie = {"append_images": strips, "duration": duration, "loop": 0}
+    # What save() is called on is the still picture.
+    strips[-1].save(buffer, format="PNG", save_all=True, default_image=True, **movie)
     content = buffer.getvalue()
     if len(content) > max_bytes:
         raise ValueError(

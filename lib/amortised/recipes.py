@@ -11,8 +11,7 @@ Sources: Li, Turner and Liu (2017) for the rows of amortised MCMC and for imputa
 and Salakhutdinov (2016) and Tucker et al. (2019) for those of importance-weighted auto-encoders.
 """
 
-from __future__ import annotations
-
+import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,33 +21,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from . import amc, data, evaluation, imputation, mcmc
+from . import amc, data, evaluation, imputation, mcmc, results
 from .adversarial import Discriminator
 from .ais import AISSettings, sigmoid_schedule
 from .encoders import GaussianEncoder
 from .fast import RefreshedLikelihood, log_likelihood_and_grad
 from .files import Work
+from .numerics import seeded
 from .objectives import dreg_surrogate, iwae_bound
 
-__all__ = [
-    "ARCHITECTURES",
-    "RECIPES",
-    "Outcome",
-    "Recipe",
-    "Run",
-    "Training",
-    "amc_training",
-    "vae_training",
-]
-
 LATENT_DIM = 32
+#: How to build the decoder, and each encoder that a row can name.
 ARCHITECTURES = {
     "decoder": {"class": "ConvBernoulli", "latent_dim": LATENT_DIM},
     "gaussian": {"class": "GaussianEncoder", "latent_dim": LATENT_DIM},
     "cnn_g": {"class": "ImplicitEncoder", "latent_dim": LATENT_DIM, "noise": "gaussian"},
     "cnn_b": {"class": "ImplicitEncoder", "latent_dim": LATENT_DIM, "noise": "bernoulli"},
 }
-"""How to build the decoder, and each encoder that a row can name."""
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -122,10 +111,10 @@ class Recipe(NamedTuple):
 
 
 def _network(kind: str, device: torch.device | str) -> nn.Module:
-    return on_device(evaluation.build_module(ARCHITECTURES[kind]), device)
+    return _on_device(evaluation.build_module(ARCHITECTURES[kind]), device)
 
 
-def on_device(module: nn.Module, device: torch.device | str) -> nn.Module:
+def _on_device(module: nn.Module, device: torch.device | str) -> nn.Module:
     """Move a network, with its images channels last: a few per cent faster on a processor."""
     return module.to(device, memory_format=torch.channels_last)
 
@@ -179,17 +168,13 @@ def amc_training(
     if encoder != "none":
         networks["encoder"] = _network(encoder, device)
     if is_game:
-        networks["discriminator"] = on_device(Discriminator(LATENT_DIM), device)
+        networks["discriminator"] = _on_device(Discriminator(LATENT_DIM), device)
     if method == "persistent":
         networks["chains"] = amc.PersistentChains(config["training_images"], LATENT_DIM).to(device)
 
     alone = {"learning_rate": config["learning_rate"]}
     game = {"learning_rate": config["game_learning_rate"], "betas": (0.5, 0.999)}
-    settings = {
-        "decoder": alone,
-        "encoder": game if is_game else alone,
-        "discriminator": game,
-    }
+    settings = {"decoder": alone, "encoder": game if is_game else alone, "discriminator": game}
     optimizers = {
         "model" if name == "decoder" else name: _adam(networks[name], **settings[name])
         for name in settings
@@ -217,16 +202,10 @@ def _amc_step(
     kernel = KERNELS[config["kernel"]]
     if config["kernel"] == "hmc":
         kernel = partial(kernel, num_steps=config["num_leapfrog_steps"])
-    teacher = partial(
-        amc.teacher_samples,
-        decoder,
-        num_steps=config["num_steps"],
-        step_size=config["step_size"],
-        kernel=kernel,
-    )
+    chain = {"num_steps": config["num_steps"], "step_size": config["step_size"], "kernel": kernel}
     if not plain:
-        dtype = DTYPES[config["chain_dtype"]]
-        teacher.keywords["route"] = RefreshedLikelihood(decoder, dtype=dtype)
+        chain["route"] = RefreshedLikelihood(decoder, dtype=DTYPES[config["chain_dtype"]])
+    teacher = partial(amc.teacher_samples, decoder, **chain)
     trained = (decoder, encoder, optimizers)
     samples = {"num_samples": config["num_student_samples"]}
     if config["method"] == "vae":
@@ -285,20 +264,15 @@ def evaluate_decoder(run: Run) -> Outcome:
     bounds from both sides on simulated pairs, at the same settings.
     """
     config, work, seed = run.config, run.work, run.seed
-    decoder = on_device(run.network("decoder"), run.device)
+    decoder = _on_device(run.network("decoder"), run.device)
     encoder = run.network("encoder")
     x = data.load_mnist_binary("test").images[: config["images"]].to(run.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed, run.device):
         proposal = _network("gaussian", run.device)
+    train = data.load_mnist("train").images[: config["training_images"]].to(run.device)
+    passes = {"epochs": config["proposal_epochs"], "batch_size": config["batch_size"], "seed": seed}
     evaluation.fit_gaussian_proposal(
-        decoder,
-        data.load_mnist("train").images[: config["training_images"]].to(run.device),
-        epochs=config["proposal_epochs"],
-        batch_size=config["batch_size"],
-        seed=seed,
-        encoder=proposal,
-        work=work.stage("proposal"),
+        decoder, train, encoder=proposal, work=work.stage("proposal"), **passes
     )
     sampling = partial(
         evaluation.importance_sampling_ll, decoder, num_samples=config["num_samples"], seed=seed
@@ -306,31 +280,113 @@ def evaluate_decoder(run: Run) -> Outcome:
     fitted = own = sampling(proposal, x, work=work.stage("posthoc_importance"))
     seconds = {"importance sampling": fitted.seconds}
     if isinstance(encoder, GaussianEncoder):
-        own = sampling(on_device(encoder, run.device), x, work=work.stage("importance"))
+        own = sampling(_on_device(encoder, run.device), x, work=work.stage("importance"))
         seconds["importance sampling"] += own.seconds
-    names = ("num_chains", "pilot_chains", "num_temperatures", "num_leapfrog")
-    annealing = {name: config[name] for name in names} | {"seed": seed}
+    annealing = _annealing(config, seed)
     dtype = DTYPES[config["evaluation_dtype"]]
     if dtype is not None:
         annealing["likelihood"] = partial(log_likelihood_and_grad, decoder, dtype=dtype)
     annealed = evaluation.hais_ll(decoder, x, **annealing, work=work.stage("annealing"))
     pairs = config["simulated_pairs"]
     bounds = evaluation.bdmc_ll(decoder, pairs, **annealing, work=work.stage("bounds"))
-    per_image = {
-        "is_ll": own.log_likelihood,
-        "is_ess": own.ess,
-        "posthoc_is_ll": fitted.log_likelihood,
-        "posthoc_is_ess": fitted.ess,
-        "ais_ll": annealed.log_likelihood,
-        "ais_ess": annealed.ess,
+    seconds |= {"annealing": annealed.seconds, "bounds": bounds.seconds}
+    per_image = {}
+    for name, estimate in (("is", own), ("posthoc_is", fitted), ("ais", annealed)):
+        per_image |= {f"{name}_ll": estimate.log_likelihood, f"{name}_ess": estimate.ess}
+    per_image |= {
         "ais_acceptance_rate": annealed.acceptance_rate,
         "simulated_lower_bound": bounds.lower,
         "simulated_upper_bound": bounds.upper,
         "simulated_gap": bounds.gap,
     }
-    return Outcome(
-        per_image, seconds | {"annealing": annealed.seconds, "bounds": bounds.seconds}, {}
+    return Outcome(per_image, seconds, {})
+
+
+def _annealing(config: Mapping[str, object], seed: int) -> dict[str, object]:
+    """The settings of chains from the prior; without a persistence momenta are fresh."""
+    names = ("num_chains", "pilot_chains", "num_temperatures", "num_leapfrog", "persistence")
+    return {name: config[name] for name in names if name in config} | {"seed": seed}
+
+
+# --- one decoder, many teachers ------------------------------------------------------------------
+
+
+def teacher_training(config: Mapping[str, object], device: torch.device | str = "cpu") -> Training:
+    """A trained decoder and its Gaussian encoder, trained on as :func:`amc_training` does.
+
+    Both start from committed weights, so that rows differ by their teacher alone.
+
+    :param config: the options of :class:`amortised.studies.TeacherOptions`.
+    :param device: where to put the networks.
+    :raises ValueError: when the weights are not those that the options name.
+    """
+    fixed = dict(encoder="gaussian", rule="none", num_leapfrog_steps=1, num_critic_steps=1,
+                 num_student_samples=1, game_learning_rate=config["learning_rate"],
+                 chain_dtype="float32")  # fmt: skip
+    paths = _start(config)
+    training = amc_training(fixed | config, device)
+    for role, kind in (("decoder", "decoder"), ("encoder", "gaussian")):
+        results.load_weights(paths[role], training.networks[role], ARCHITECTURES[kind])
+    return training
+
+
+def _start(config: Mapping[str, object]) -> dict[str, Path]:
+    """The files of the weights to start from, their contents checked."""
+    stem = data.data_folder() / "models" / config["start"]
+    paths = {r: stem.with_name(f"{stem.name}-{r}.safetensors") for r in ("decoder", "encoder")}
+    content = b"".join(path.read_bytes() for path in paths.values())
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != config["start_sha256"]:
+        raise ValueError(
+            f"{stem} has other weights than the study asks for: start_sha256 is "
+            f"{config['start_sha256']}, that of decoder and encoder {digest}; restore these files"
+        )
+    return paths
+
+
+def evaluate_teacher(run: Run) -> Outcome:
+    """Hamiltonian annealing of random test images before and after, and the chain's acceptance.
+
+    Both decoders meet the same images and random numbers, so that ``hais_ll_change`` is paired.
+    The acceptance is that of the row's chain on the trained decoder from the trained encoder,
+    where the kernel has a Metropolis test.
+    """
+    config, seed = run.config, run.seed
+    decoder = _on_device(run.network("decoder"), run.device)
+    start = evaluation.load_module(_start(config)["decoder"]).half().float()  # as runs keep theirs
+    start = _on_device(start, run.device)
+    chosen = torch.Generator().manual_seed(config["image_seed"])
+    test = data.load_mnist_binary("test").images
+    x = test[torch.randperm(len(test), generator=chosen)[: config["images"]]].to(run.device)
+    annealing = _annealing(config, seed)
+    found = evaluation.hais_ll(decoder, x, **annealing, work=run.work.stage("annealing"))
+    before = evaluation.hais_ll(start, x, **annealing, work=run.work.stage("start_annealing"))
+    bounds = evaluation.bdmc_ll(
+        decoder, config["simulated_pairs"], **annealing, work=run.work.stage("bounds")
     )
+    per_image = {
+        "hais_ll": found.log_likelihood,
+        "hais_ess": found.ess,
+        "hais_acceptance_rate": found.acceptance_rate,
+        "start_hais_ll": before.log_likelihood,
+        "hais_ll_change": found.log_likelihood - before.log_likelihood,
+        "simulated_lower_bound": bounds.lower,
+        "simulated_upper_bound": bounds.upper,
+        "simulated_gap": bounds.gap,
+    }
+    if config["kernel"] == "mala":
+        encoder = _on_device(run.network("encoder"), run.device)
+        chain = amc.teacher_chain(
+            decoder,
+            x,
+            amc.student_samples(encoder, x, config["num_chains"]).detach(),
+            num_steps=config["num_steps"],
+            step_size=config["step_size"],
+            kernel=KERNELS["mala"],
+        )
+        per_image["teacher_acceptance_rate"] = chain.acceptance_rate.mean(0)
+    seconds = {"annealing": found.seconds + before.seconds, "bounds": bounds.seconds}
+    return Outcome(per_image, seconds, {})
 
 
 # --- imputation ----------------------------------------------------------------------------------
@@ -343,8 +399,7 @@ def evaluate_imputation(run: Run) -> Outcome:
     distance to them, of the encoder's imputations and of draws from the true conditional of the
     same decoder by long Markov chains. Training images are compared as grey values (assumed).
     """
-    per_image: dict[str, Tensor] = {}
-    ess: dict[str, float] = {}
+    per_image, ess = {}, {}
     for number, kind in enumerate(imputation.MASKS):
         stage = run.work.stage(kind)
         found = stage.load("scores")
@@ -368,13 +423,9 @@ def _impute(run: Run, number: int, kind: str) -> dict:
     torch.manual_seed(stream)
     completed = imputation.impute(decoder, encoder, x, mask, config["iterations"], num_chains)
     schedule = sigmoid_schedule(config["num_temperatures"])
+    settings = AISSettings(schedule, config["step_size"], config["num_leapfrog"])
     reference = imputation.conditional_samples(
-        decoder,
-        x,
-        mask,
-        num_chains,
-        settings=AISSettings(schedule, config["step_size"], config["num_leapfrog"]),
-        num_steps=config["reference_steps"],
+        decoder, x, mask, num_chains, settings=settings, num_steps=config["reference_steps"]
     )
     train = data.load_mnist("train")
     grey, labels = train.images.to(run.device), train.labels.to(run.device)
@@ -389,9 +440,10 @@ def _impute(run: Run, number: int, kind: str) -> dict:
 # --- the kinds of studies ------------------------------------------------------------------------
 
 
+#: What a study of ``workflow/experiments.yaml`` can name as its ``recipe``.
 RECIPES: dict[str, Recipe] = {
     "amc": Recipe(amc_training, evaluate_decoder),
     "vae": Recipe(vae_training, evaluate_decoder),
+    "teacher": Recipe(teacher_training, evaluate_teacher),
     "imputation": Recipe(None, evaluate_imputation),
 }
-"""What a study of ``workflow/experiments.yaml`` can name as its ``recipe``."""

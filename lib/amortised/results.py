@@ -7,8 +7,6 @@ the architecture in their metadata. Every file is written under a temporary name
 and nothing is ever pickled.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json
@@ -24,34 +22,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from .data import data_folder, digests
 from .files import atomic_write
-
-__all__ = [
-    "Estimate",
-    "Result",
-    "ResultError",
-    "Table",
-    "check_result",
-    "config_hash",
-    "format_estimate",
-    "load_published",
-    "load_result",
-    "load_weights",
-    "markdown_table",
-    "mean_and_se",
-    "paired_difference",
-    "provenance",
-    "result_path",
-    "save_result",
-    "save_weights",
-    "summarise",
-]
 
 
 class ResultError(ValueError):
@@ -93,8 +69,7 @@ def _finite_vector(name: str, values) -> np.ndarray:
     if bad.size:
         raise ValueError(
             f"{name} holds {bad.size} values of {vector.size} that are not finite, the first at "
-            f"position {bad[0]}. A mean over the others would be another quantity: find out where "
-            "they come from."
+            f"position {bad[0]}; find out where they come from, since none is left out"
         )
     return vector
 
@@ -140,10 +115,7 @@ def paired_difference(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) 
     """
     first, second = _finite_vector("a", a), _finite_vector("b", b)
     if first.size != second.size:
-        raise ValueError(
-            f"a has {first.size} images and b has {second.size}: a paired difference needs the "
-            "same images. Evaluate both on the same ones, or cut both to those they share."
-        )
+        raise ValueError(f"a has {first.size} images and b has {second.size}; pair the same ones")
     return mean_and_se(first - second)
 
 
@@ -157,40 +129,39 @@ def summarise(per_image: Mapping[str, Tensor]) -> dict[str, dict]:
     >>> summarise({"elbo": torch.tensor([-90.0, -92.0])})
     {'elbo': {'mean': -91.0, 'se': 1.0, 'n': 2}}
     """
-    return {
-        name: mean_and_se(values.detach().to(torch.float32))._asdict()
-        for name, values in per_image.items()
-    }
+    return {name: mean_and_se(v.detach().float())._asdict() for name, v in per_image.items()}
 
 
 # ------------------------------------------------------------------------------------- provenance
 
 
-def _canonical(value: object, where: str) -> object:
-    """``value`` as plain JSON data in which equal settings look alike."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{where} is {value}; a configuration holds finite numbers")
-        return int(value) if value.is_integer() else value
-    if isinstance(value, list | tuple):
-        return [_canonical(item, f"{where}[{index}]") for index, item in enumerate(value)]
+def _canonical_json(value: object, where: str) -> str:
+    """JSON in which equal settings look alike: keys in order, whole numbers without a point."""
+    try:
+        _refuse_other_keys(value)
+        text = json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        message = (
+            f"{where} = {value!r} cannot be JSON: {error}; use numbers, texts, lists, mappings"
+        )
+        raise type(error)(message) from None
+    return json.dumps(json.loads(text, parse_float=_number), sort_keys=True, separators=(",", ":"))
+
+
+def _refuse_other_keys(value: object) -> None:
+    """JSON would turn a key that is no text into one, so that two configurations looked alike."""
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"{where} has the key {key!r}; keys are strings")
-        return {key: _canonical(item, f"{where}[{key!r}]") for key, item in value.items()}
-    raise TypeError(
-        f"{where} = {value!r} is a {type(value).__name__}; a configuration holds numbers, "
-        "strings, booleans, None, lists and mappings"
-    )
+                raise TypeError(f"the key {key!r} is no text")
+        value = list(value.values())
+    for item in value if isinstance(value, list | tuple) else ():
+        _refuse_other_keys(item)
 
 
-def _canonical_json(value: object, where: str) -> str:
-    return json.dumps(_canonical(value, where), sort_keys=True, separators=(",", ":"))
+def _number(text: str) -> int | float:
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def config_hash(config: Mapping) -> str:
@@ -214,30 +185,21 @@ def config_hash(config: Mapping) -> str:
 
 def _git(*words: str) -> str | None:
     """Output of a git command in the repository, or ``None`` where that is no git checkout."""
+    command = ["git", "-C", str(data_folder().parent), *words]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(data_folder().parent), *words],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=30,
-        )
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
+    if device.type == "cpu" and cpuinfo.is_file():
         names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if names:
-            return names[0].strip()
-    return platform.processor() or platform.machine()
+        return names[0].strip() if names else platform.machine()
+    return platform.processor() or device.type
 
 
 def provenance(
@@ -267,9 +229,7 @@ def provenance(
     if wall_seconds is None:
         wall_seconds = max(0.0, time.time() - started)
     device = torch.device(device)
-    described = {"type": device.type, "name": _device_name(device)}
-    if device.type == "cpu":
-        described["threads"] = torch.get_num_threads()
+    threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
     top_level = _git("rev-parse", "--show-toplevel")
     is_checkout = top_level is not None and Path(top_level).samefile(data_folder().parent)
     commit = _git("rev-parse", "HEAD") if is_checkout else None
@@ -284,7 +244,7 @@ def provenance(
             "safetensors": safetensors.__version__,
             "cuda": torch.version.cuda,
         },
-        "device": described,
+        "device": {"type": device.type, "name": _device_name(device)} | threads,
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "wall_seconds": round(wall_seconds, 3),
         "data_sha256": digests(*datasets),
@@ -321,12 +281,13 @@ def check_result(record: Mapping, per_image: Mapping[str, Tensor] | None = None)
 
     try:
         schemas.validate(schemas.ResultRecord, record, "the result")
-    except schemas.FormatError as error:
+    except (schemas.FormatError, TypeError) as error:  # the latter of a config that no JSON holds
         raise ResultError(str(error)) from error
     faults = []
     for name, values in (per_image or {}).items():
-        if not isinstance(values, Tensor) or values.dtype != torch.float32 or values.ndim != 1:
-            kind = getattr(values, "dtype", type(values).__name__)
+        is_tensor = isinstance(values, Tensor)
+        if not is_tensor or values.dtype != torch.float32 or values.ndim != 1:
+            kind = f"{values.dtype} {list(values.shape)}" if is_tensor else type(values).__name__
             faults.append(f"{name!r} is {kind}, expected a float32 tensor [N]")
         elif name not in record["metrics"]:
             faults.append(f"{name!r} has no metric of its name")
@@ -343,9 +304,8 @@ def _disagreements(name: str, values: Tensor, metric: Estimate) -> list[str]:
         return [f"{name!r}: {error}"]
     close = math.isclose(found.mean, metric.mean, rel_tol=1e-5, abs_tol=1e-6)
     close = close and math.isclose(found.se, metric.se or 0.0, rel_tol=1e-4, abs_tol=1e-6)
-    if close and found.n == metric.n:
-        return []
-    return [f"metrics[{name!r}] states {metric}, its per-image values give {found}"]
+    fault = f"metrics[{name!r}] states {metric}, its per-image values give {found}"
+    return [] if close and found.n == metric.n else [fault]
 
 
 def save_result(
@@ -481,11 +441,7 @@ def save_weights(
         name: value.detach().to("cpu", dtype if value.is_floating_point() else None)
         for name, value in module.state_dict().items()
     }
-    bad = [
-        name
-        for name, value in tensors.items()
-        if value.is_floating_point() and not value.isfinite().all()
-    ]
+    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
         raise FloatingPointError(
             f"weights are not finite as {dtype or 'they are'}: {', '.join(bad)}; nothing is saved"
@@ -538,9 +494,9 @@ def load_weights(path: str | Path, module: nn.Module, architecture: Mapping) -> 
             tensors[name] = tensors[name].float()
     found, needed = _described(written, tensors), _described(wanted, state)
     faults = [
-        f"{name}: {found.get(name, 'absent')} in the file, {needed.get(name, 'absent')} in the module"
-        for name in sorted(found.keys() | needed.keys())
-        if found.get(name) != needed.get(name)
+        f"{key}: {found.get(key, 'absent')} in the file, {needed.get(key, 'absent')} in the module"
+        for key in sorted(found.keys() | needed.keys())
+        if found.get(key) != needed.get(key)
     ]
     if faults:
         raise ResultError(f"{path} does not fit the module:\n  " + "\n  ".join(faults))

@@ -22,28 +22,24 @@ run goes on with the same numbers. It needs torch, numpy, safetensors and tqdm, 
     python -m amortised.runs runs/amc_table1/vae-laptop-seed0-1a2b3c4d --device cuda
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import checks, data, results
+from . import checks, data, files, results
 from .cuda import CapturedFunction
-from .files import LockedError, OutOfTimeError, Work, atomic_write, lock, save_tree
-from .numerics import argument_validation
+from .files import LockedError, OutOfTimeError, Work
+from .numerics import argument_validation, seeded
 from .recipes import ARCHITECTURES, RECIPES, Outcome, Run
 from .training import FitResult, fit, half_cosine
-
-__all__ = ["execute", "folder_name", "main", "read_json", "write_json"]
 
 EXIT_FAILED, EXIT_USAGE, EXIT_OUT_OF_TIME = 1, 2, 3
 HISTORY_LENGTH = 40  # means of the losses that a result keeps
@@ -56,24 +52,36 @@ def folder_name(run: Mapping[str, object]) -> str:
 
     >>> folder_name({"study": "s", "row": "r", "scale": "laptop", "seed": 0, "config": {},
     ...              "recipe_version": 1, "builds_on": None})
-    's/r-laptop-seed0-1e6f2bca'
+    's/r-laptop-seed0-2550d791'
     """
     facts = {"config": run["config"], "recipe_version": run["recipe_version"]}
     if run["builds_on"] is not None:
-        facts["builds_on"] = {k: run["builds_on"][k] for k in ("config_hash", "recipe_version")}
+        facts["builds_on"] = identity(run["builds_on"])
     digest = results.config_hash(facts)[:8]
     return f"{run['study']}/{run['row']}-{run['scale']}-seed{run['seed']}-{digest}"
 
 
+def identity(run: Mapping[str, object]) -> dict:
+    """What tells the numbers of a run or of its result from those of other options."""
+    return {key: run[key] for key in ("config_hash", "recipe_version")}
+
+
 def read_json(path: Path) -> dict | None:
-    """The content of a JSON file of a run; ``None`` if it is not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The content of a JSON file of a run; ``None`` if it is not there.
+
+    :raises amortised.files.DamagedFileError: if it is no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes()) if path.exists() else None
+    except ValueError as error:
+        message = f"{path} is damaged ({error}); remove it to start afresh"
+        raise files.DamagedFileError(message) from error
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write it, atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    atomic_write(path, f"{text}\n".encode())
+    files.atomic_write(path, f"{text}\n".encode())
 
 
 def execute(
@@ -110,54 +118,47 @@ def execute(
                 f"{folder} builds on {weights}, which is not trained; first run\n"
                 f"  python -m amortised.runs {weights} --training-only"
             )
-    with lock(folder):
+    with files.lock(folder):
+        for path in folder.glob(".*.tmp"):  # half-written by a process that was killed
+            path.unlink()
         goal = folder / ("training.json" if training_only else "result.json")
         found = read_json(goal)
         if found is None:
-            _work(folder, spec, torch.device(device), stop_at, weights, training_only)
+            work = Work(folder, stop_at=stop_at)
+            run = Run(spec["seed"], spec["config"], torch.device(device), work, weights)
+            _work(run, spec, training_only)
             found = read_json(goal)
     return found
 
 
-def _work(
-    folder: Path,
-    spec: Mapping[str, object],
-    device: torch.device,
-    stop_at: float,
-    weights: Path,
-    training_only: bool,
-) -> None:
+def _work(run: Run, spec: Mapping[str, object], training_only: bool) -> None:
     """Do the stages that are missing. A run that diverges is a result, too: it has failed."""
     started, cpu_started = time.time(), time.process_time()
+    folder, recipe = run.work.folder, RECIPES[spec["recipe"]]
     is_resumed = any(folder.glob("*.stage")) or any(folder.glob("*.safetensors"))
-    facts = results.provenance(device, started=started)  # of the code as it was read
-    run = Run(spec["seed"], spec["config"], device, Work(folder, stop_at=stop_at), weights)
+    facts = results.provenance(run.device, started=started)  # of the code as it was read
     training = read_json(folder / "training.json")
     try:
-        with _seeded(run.seed, device):
-            if training is None and RECIPES[spec["recipe"]].build is not None:
+        is_cuda = run.device.type == "cuda"  # then it is the current one: graphs are captured there
+        current = torch.cuda.device(run.device) if is_cuda else contextlib.nullcontext()
+        with current, seeded(run.seed, run.device):
+            if training is None and recipe.build is not None:
                 training = _train(run, spec, facts)
+            if training is not None and "reason" not in training:  # its result is in other files
+                for path in folder.glob("training-checkpoint.stage*"):
+                    path.unlink()
             if training_only:
                 return
-            outcome = _evaluate(run, spec)
+            reason = read_json(run.weights / "training.json").get("reason")
+            if reason is not None:
+                raise FloatingPointError(reason)
+            outcome = recipe.evaluate(run)
     except FloatingPointError as error:
         outcome = str(error)
         if training is None:
             write_json(folder / "training.json", {"reason": outcome})
     cpu_seconds = None if is_resumed else round(time.process_time() - cpu_started, 1)
     _finish(folder, spec, training or {}, outcome, facts, cpu_seconds)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """The global streams seeded meanwhile, and the device current: graphs are captured there."""
-    is_cuda = device.type == "cuda"
-    with (
-        torch.cuda.device(device) if is_cuda else contextlib.nullcontext(),
-        torch.random.fork_rng(devices=[device] if is_cuda else []),
-    ):
-        torch.manual_seed(seed)
-        yield
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -180,16 +181,10 @@ def _train(run: Run, spec: Mapping[str, object], facts: Mapping[str, object]) ->
     # Validation of a distribution's arguments looks at values, which a captured graph cannot; and
     # it would stop a run that diverges with an error of its own, before `fit` sees the loss.
     with argument_validation(False):
-        result = fit(
-            CapturedFunction(update, state) if run.device.type == "cuda" else update,
-            torch.arange(len(levels), device=run.device),
-            state,
-            epochs=config["epochs"],
-            batch_size=config["batch_size"],
-            seed=run.seed,
-            schedule=half_cosine,
-            work=run.work.stage("training"),
-        )
+        step = CapturedFunction(update, state) if run.device.type == "cuda" else update
+        index, work = torch.arange(len(levels), device=run.device), run.work.stage("training")
+        passes = {"epochs": config["epochs"], "batch_size": config["batch_size"], "seed": run.seed}
+        result = fit(step, index, state, schedule=half_cosine, work=work, **passes)
     kinds = {"decoder": "decoder", "encoder": config.get("encoder", "gaussian")}
     for role, kind in kinds.items():
         if role in training.networks:
@@ -203,30 +198,19 @@ def _train(run: Run, spec: Mapping[str, object], facts: Mapping[str, object]) ->
         "history": _history(result),
     }
     write_json(folder / "training.json", found)
-    for path in folder.glob("training-checkpoint.stage*"):
-        path.unlink()
     return found
 
 
 def _history(result: FitResult) -> dict[str, list[float]]:
     """Each loss as a few means over consecutive stretches of the training."""
-    return {
-        name: [
-            round(part.double().mean().item(), 4)
-            for part in values.tensor_split(min(HISTORY_LENGTH, len(values)))
-        ]
-        for name, values in result.history.items()
-    }
+    found = {}
+    for name, values in result.history.items():
+        parts = values.tensor_split(min(HISTORY_LENGTH, len(values)))
+        found[name] = [round(part.double().mean().item(), 4) for part in parts]
+    return found
 
 
-# --- evaluation and result -----------------------------------------------------------------------
-
-
-def _evaluate(run: Run, spec: Mapping[str, object]) -> Outcome:
-    training = read_json(run.weights / "training.json")
-    if "reason" in training:
-        raise FloatingPointError(training["reason"])
-    return RECIPES[spec["recipe"]].evaluate(run)
+# --- result --------------------------------------------------------------------------------------
 
 
 def _finish(
@@ -244,16 +228,14 @@ def _finish(
         conclusion = {"status": "failed", "reason": outcome, "metrics": {}}
     else:
         per_image = {name: values.cpu().float() for name, values in outcome.per_image.items()}
-        save_tree(folder / "per_image.stage", per_image)
+        files.save_tree(folder / "per_image.stage", per_image)
         conclusion = {"status": "done", "metrics": results.summarise(per_image)}
         seconds |= {name: round(value, 2) for name, value in outcome.seconds.items()}
         details |= outcome.details
     facts["wall_seconds"] = max(sum(seconds.values()), facts["wall_seconds"])
     details |= {"cpu_seconds": cpu_seconds} | ({"seconds": seconds} if seconds else {})
     if spec["builds_on"] is not None:
-        details["builds_on"] = {
-            key: spec["builds_on"][key] for key in ("config_hash", "recipe_version")
-        }
+        details["builds_on"] = identity(spec["builds_on"])
     names = ("study", "row", "scale", "seed", "config", "config_hash", "recipe_version")
     record = {name: spec[name] for name in names}
     conclusion |= {"provenance": facts, "details": details}
@@ -269,13 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_limits(parser)
     options = parser.parse_args(arguments)
     try:
-        stop_at = apply_limits(options)
-        found = execute(
-            options.folder,
-            device=options.device,
-            stop_at=stop_at,
-            training_only=options.training_only,
-        )
+        limits = {"stop_at": apply_limits(options), "training_only": options.training_only}
+        found = execute(options.folder, device=options.device, **limits)
     except OutOfTimeError as error:
         return stop(f"{error}; the same command goes on from here", EXIT_OUT_OF_TIME)
     except (LockedError, OSError, ValueError) as error:

@@ -13,20 +13,10 @@ import textwrap
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+import pydantic
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
 
 from .results import config_hash
-
-__all__ = ["DataFile", "DataSet", "FormatError", "Registry", "Strict", "explain", "validate"]
 
 
 class FormatError(ValueError):
@@ -36,7 +26,7 @@ class FormatError(ValueError):
 class Strict(BaseModel):
     """A table with these entries and no others, none of which is converted to another type."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 # --- checking ------------------------------------------------------------------------------------
@@ -62,23 +52,15 @@ def validate(kind: Any, tree: object, source: str | os.PathLike) -> Any:
       [1]: unknown name 'nam' (known: name, size, sha256)
     """
     try:
-        return TypeAdapter(kind).validate_python(tree)
-    except ValidationError as error:
-        raise FormatError(explain(error, kind, source)) from None
-
-
-def explain(error: ValidationError, kind: Any, source: str | os.PathLike) -> str:
-    """Every fault that pydantic has found, a line each: where, which value, and what may stand.
-
-    :param error: what validation raised.
-    :param kind: the type that was validated.
-    :param source: name of the file.
-    """
-    lines = [_fault(kind, **fault) for fault in error.errors(include_url=False)]
-    return "\n  ".join([f"{os.fspath(source)} departs from its format:", *lines])
+        return pydantic.TypeAdapter(kind).validate_python(tree)
+    except pydantic.ValidationError as error:
+        lines = [_fault(kind, **fault) for fault in error.errors(include_url=False)]
+        head = f"{os.fspath(source)} departs from its format:"
+        raise FormatError("\n  ".join([head, *lines])) from None
 
 
 def _fault(kind: Any, *, type: str, loc: tuple, msg: str, input: object, ctx: object = None) -> str:
+    """A fault that pydantic has found: where, which value, and what may stand there."""
     what = msg.removeprefix("Value error, ")
     if type == "missing":
         loc, what = loc[:-1], f"{loc[-1]} is missing"
@@ -86,6 +68,8 @@ def _fault(kind: Any, *, type: str, loc: tuple, msg: str, input: object, ctx: ob
         known = ", ".join(_names(kind, loc[:-1]))
         loc, what = loc[:-1], f"unknown name {loc[-1]!r} (known: {known})"
     elif type != "value_error":
+        if type == "float_type" and isinstance(input, str):
+            what += "; this is text, as is 1e-3 in YAML, which reads 1.0e-3 as a number"
         value = textwrap.shorten(repr(input), 100, placeholder=" ...")
         return f"{_place(loc)} = {value}: {what[0].lower()}{what[1:]}"
     return f"{_place(loc)}: {what}" if loc else what
@@ -123,10 +107,10 @@ class DataFile(Strict):
     """One file of a data set; an archive counts as one."""
 
     name: PlainName
+    #: Bytes.
     size: NonNegativeInt | None = None
-    """Bytes."""
+    #: Left out only where the source publishes none; it is noted at the first download then.
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-    """Left out only where the source publishes none; it is noted at the first download then."""
 
 
 class DataSet(Strict):
@@ -135,10 +119,10 @@ class DataSet(Strict):
     title: str
     licence: str
     citation: str
+    #: Whether the files lie in the repository, in ``data/<name>/``.
     embedded: bool = False
-    """Whether the files lie in the repository, in ``data/<name>/``."""
+    #: Folders to fetch from, tried in order.
     addresses: list[Annotated[str, Field(pattern=r"^https?://\S+/$")]]
-    """Folders to fetch from, tried in order."""
     files: list[DataFile]
 
     @model_validator(mode="after")
@@ -149,8 +133,8 @@ class DataSet(Strict):
         return self
 
 
+#: The data sets of ``data/registry.toml`` by name, which is also that of their folder.
 Registry = dict[PlainName, DataSet]
-"""The data sets of ``data/registry.toml`` by name, which is also that of their folder."""
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -193,21 +177,21 @@ class ResultRecord(Strict):
     row: Name
     scale: Name
     seed: Seed
+    #: The options of the run.
     config: dict[str, Any]
-    """The options of the run."""
+    #: :func:`amortised.results.config_hash` of ``config``.
     config_hash: str
-    """:func:`amortised.results.config_hash` of ``config``."""
+    #: Raised when a change of the code alters the numbers.
     recipe_version: PositiveInt
-    """Raised when a change of the code alters the numbers."""
     status: Literal["done", "failed"]
     metrics: dict[str, Metric]
     provenance: Provenance
+    #: Why a run has failed.
     reason: str | None = None
-    """Why a run has failed."""
+    #: Anything else worth keeping.
     details: dict[str, Any] = {}
-    """Anything else worth keeping."""
+    #: Digest of the safetensors file, null if there is none.
     per_image_sha256: str | None = None
-    """Digest of the safetensors file, null if there is none."""
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:

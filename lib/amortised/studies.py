@@ -15,17 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import Field, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from . import data
 from .recipes import RECIPES
-from .schemas import FormatError, Name, Seed, Strict, explain
+from .schemas import FormatError, Name, Seed, Strict, validate
 
-__all__ = ["OPTIONS", "SCALES", "AmcOptions", "Experiment", "ImputationOptions", "Study",
-           "VaeOptions", "load_studies"]  # fmt: skip
-
+#: ``laptop``: minutes to an hour on one core, three seeds. ``full``: on a GPU.
 SCALES = ("laptop", "full")
-"""``laptop``: minutes to an hour on one core, three seeds. ``full``: on a GPU."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Encoder = Literal["none", "gaussian", "cnn_g", "cnn_b"]
@@ -42,11 +39,11 @@ class TrainingOptions(Strict):
     epochs: PositiveInt
     batch_size: Annotated[int, Field(ge=1, le=60_000)]
     learning_rate: Positive
+    #: Samples of the encoder for each image.
     num_student_samples: PositiveInt
-    """Samples of the encoder for each image."""
 
+    #: Test images of the evaluation; the following are its settings, too.
     images: Annotated[int, Field(ge=2, le=10_000)]
-    """Test images of the evaluation; the following are its settings, too."""
     num_chains: PositiveInt
     pilot_chains: PositiveInt
     num_temperatures: PositiveInt
@@ -109,11 +106,49 @@ class VaeOptions(TrainingOptions):
     objective: Literal["elbo", "iwae", "dreg"]
 
 
+class TeacherOptions(Strict):
+    """Options of :func:`amortised.recipes.teacher_training` and its evaluation."""
+
+    start: Annotated[str, Field(pattern=r"^\w+/\w+-\w+-seed\d+$")]
+    """Weights of ``data/models`` to start from, decoder and encoder."""
+    start_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """Of the two files, one after the other."""
+    method: Literal["vae", "mcmc_vi"]
+    kernel: Literal["none", "langevin", "mala"]
+    num_steps: Annotated[int, Field(ge=0)]
+    step_size: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    training_images: Annotated[int, Field(ge=1, le=60_000)]
+    epochs: PositiveInt
+    batch_size: Annotated[int, Field(ge=1, le=60_000)]
+    learning_rate: Positive
+    images: Annotated[int, Field(ge=2, le=10_000)]
+    """Random test images, the same in every run; the following are settings of the evaluation."""
+    image_seed: Seed
+    num_chains: PositiveInt
+    pilot_chains: PositiveInt
+    num_temperatures: PositiveInt
+    num_leapfrog: PositiveInt
+    persistence: Annotated[float, Field(ge=0, lt=1)]
+    simulated_pairs: Annotated[int, Field(ge=2)]
+
+    @model_validator(mode="after")
+    def _a_chain_is_whole(self) -> Self:
+        has_chain = [self.method == "mcmc_vi", self.kernel != "none", self.num_steps > 0,
+                     self.step_size > 0]  # fmt: skip
+        if len(set(has_chain)) > 1:
+            raise ValueError(
+                f"method = {self.method!r}, kernel = {self.kernel!r}, num_steps = "
+                f"{self.num_steps} and step_size = {self.step_size} do not go together: the chain "
+                "of mcmc_vi needs all three, and vae none"
+            )
+        return self
+
+
 class ImputationOptions(Strict):
     """Options of :func:`amortised.recipes.evaluate_imputation`."""
 
+    #: With ``trained``: the row whose weights, of the same scale and seed, are used.
     trained_study: Name
-    """With ``trained``: the row whose weights, of the same scale and seed, are used."""
     trained: Name
     images: Annotated[int, Field(ge=2, le=10_000)]
     num_chains: PositiveInt
@@ -124,25 +159,34 @@ class ImputationOptions(Strict):
     reference_steps: PositiveInt
 
 
-OPTIONS: dict[str, type[Strict]] = {
+#: The options of each recipe of :data:`amortised.recipes.RECIPES`.
+OPTIONS = {
     "amc": AmcOptions,
     "vae": VaeOptions,
+    "teacher": TeacherOptions,
     "imputation": ImputationOptions,
 }
-"""The options of each recipe of :data:`amortised.recipes.RECIPES`."""
 
 
 # --- the file ------------------------------------------------------------------------------------
 
+
+def _distinct(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{values} holds a value twice")
+    return values
+
+
 Scale = Literal["laptop", "full"]
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
 Options = dict[str, Any]
 
 
-class Row(Strict):
+class _Row(Strict):
     """What a row says of itself beside its options."""
 
-    scales: Annotated[list[Scale], Field(min_length=1)] | None = None
-    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
+    scales: Annotated[list[Scale], Field(min_length=1), AfterValidator(_distinct)] | None = None
+    seeds: Seeds | None = None
     keep: tuple[Literal["decoder", "encoder"], ...] = Field((), strict=False)
 
 
@@ -152,13 +196,13 @@ class Study(Strict):
     title: str
     recipe: Literal[tuple(RECIPES)]
     recipe_version: PositiveInt
-    seeds: Annotated[list[Seed], Field(min_length=1)]
+    seeds: Seeds
     common: Options
     scales: dict[Scale, Options]
     rows: dict[Name, Options | None]
 
 
-class File(Strict):
+class _File(Strict):
     studies: dict[Name, Study]
 
 
@@ -206,14 +250,12 @@ def load_studies(path: str | os.PathLike | None = None) -> dict[str, list[Experi
         raise FormatError(f"there is no file of studies {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FormatError(f"{path} is not YAML: {error}") from None
-    file = _validated(File, tree, "", faults)
+    file = _validated(_File, tree, "", faults)
     found: dict[str, list[Experiment]] = {}
     for name, study in {} if file is None else file.studies.items():
-        found[name] = [
-            experiment
-            for row, options in study.rows.items()
-            for experiment in _runs(name, study, row, options or {}, faults)
-        ]
+        found[name] = []
+        for row, options in study.rows.items():
+            found[name] += _runs(name, study, row, options or {}, faults)
     if not faults:
         found = {name: [_tied(run, found, faults) for run in runs] for name, runs in found.items()}
     if faults:
@@ -224,9 +266,9 @@ def load_studies(path: str | os.PathLike | None = None) -> dict[str, list[Experi
 def _validated(kind: Any, tree: object, where: str, faults: list[str]) -> Any:
     """``tree`` as an instance of ``kind``, or None and its faults in the list."""
     try:
-        return TypeAdapter(kind).validate_python(tree)
-    except ValidationError as error:
-        lines = explain(error, kind, where).split("\n  ")[1:]
+        return validate(kind, tree, where)
+    except FormatError as error:
+        lines = str(error).split("\n  ")[1:]
         faults += [f"{where}{': ' * bool(where)}{line}" for line in lines]
         return None
 
@@ -249,8 +291,8 @@ def _runs(
 ) -> Iterator[Experiment]:
     """The runs of one row: each of its scales with each of its seeds."""
     where = f"studies.{name}.rows.{row}"
-    about = {key: value for key, value in options.items() if key in Row.model_fields}
-    settings = _validated(Row, about, where, faults)
+    about = {key: value for key, value in options.items() if key in _Row.model_fields}
+    settings = _validated(_Row, about, where, faults)
     if settings is None:
         return
     for scale in settings.scales or study.scales:
@@ -273,7 +315,7 @@ def _tied(
     if "trained" not in run.config:
         return run
     wanted = (run.config["trained_study"], run.config["trained"], run.scale, run.seed)
-    others = studies.get(wanted[0], [])
+    others = [other for other in studies.get(wanted[0], []) if RECIPES[other.recipe].build]
     needs = next((other for other in others if other[:4] == wanted), None)
     if needs is None:
         rows = ", ".join(dict.fromkeys(other.row for other in others)) or "none"

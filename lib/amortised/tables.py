@@ -11,8 +11,6 @@ A cell without a run names the command that makes it. Nothing here computes anyt
 are those of ``data/results``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,20 +30,8 @@ from .results import (
     mean_and_se,
 )
 
-__all__ = [
-    "Pooled",
-    "cells",
-    "command",
-    "load_study",
-    "metric_table",
-    "paired",
-    "paired_table",
-    "pool",
-    "run_table",
-    "study_table",
-]
-
 Study = Mapping[str, Sequence[Result]]
+_PROGRAM = "`python -m amortised.experiments` goes before it."
 
 
 class Pooled(NamedTuple):
@@ -97,15 +83,6 @@ def pool(values: Sequence[Tensor]) -> Pooled:
     over_images = mean_and_se(table.mean(0))
     seed_se = mean_and_se(table.mean(1)).se if len(table) > 1 else None
     return Pooled(over_images.mean, over_images.se, seed_se, sizes[0], len(table))
-
-
-def command(study: str, row: str, scale: str) -> str:
-    """The command that makes a result.
-
-    >>> command("amc_table1", "vae", "full")
-    'python -m amortised.experiments run amc_table1 vae --scale full'
-    """
-    return f"python -m amortised.experiments run {study} {row} --scale {scale}"
 
 
 def load_study(
@@ -174,25 +151,15 @@ def study_table(
         for scale in scales:
             (text,) = cells(loaded[scale], row, [metric], decimals)
             is_missing |= text is None
-            line.append(text or f"`{command(study, row, scale).removeprefix(_PROGRAM)}`")
+            line.append(text or f"`run {study} {row} --scale {scale}`")
         lines.append(line)
     header = ["row", *(["published"] if published else []), *scales]
-    note = (
-        f"\n\nA command stands for a run that is not recorded: `{_PROGRAM.strip()}` goes before it."
-    )
+    note = "\n\nA command stands for a run that is not recorded: " + _PROGRAM
     return Table(markdown_table(header, lines) + (note if is_missing else ""))
 
 
-_PROGRAM = "python -m amortised.experiments "
-
-
 def cells(
-    results: Study,
-    row: str,
-    metrics: Iterable[str],
-    decimals: int = 2,
-    *,
-    with_seeds: bool = True,
+    results: Study, row: str, metrics: Iterable[str], decimals: int = 2, *, with_seeds: bool = True
 ) -> list[str | None]:
     """The pooled metrics of a row as texts, None for one that is not recorded.
 
@@ -306,13 +273,14 @@ def run_table(results: Study, study: str, labels: Mapping[str, str]) -> Table:
         seeds = f"{{{seeds}}}" if len(runs) > 1 else seeds
         facts = [run["provenance"] for run in runs]
         commits = {(fact["commit"] or "unknown")[:7] + "*" * bool(fact["dirty"]) for fact in facts}
-        devices = {
-            run["provenance"]["device"]["name"]
-            + (f", {n} threads" if (n := run["provenance"]["device"].get("threads", 1)) > 1 else "")
-            for run in runs
-        }
+        devices = {_device(**fact["device"]) for fact in facts}
         minutes = math.fsum(fact["wall_seconds"] for fact in facts) / len(facts) / 60
-        path = f"data/results/{study}/{row}-{runs[0]['scale']}-seed{seeds}.json"
-        device = ", ".join(sorted(devices))
-        lines.append([label, f"`{path}`", ", ".join(sorted(commits)), device, f"{minutes:.1f}"])
+        path = f"`data/results/{study}/{row}-{runs[0]['scale']}-seed{seeds}.json`"
+        lines.append(
+            [label, path, *map(", ".join, map(sorted, (commits, devices))), f"{minutes:.1f}"]
+        )
     return markdown_table(["row", "files", "commit", "device", "minutes a run"], lines)
+
+
+def _device(name: str, type: str, threads: int = 1) -> str:
+    return name + (f", {threads} threads" if threads > 1 else "")

@@ -12,8 +12,6 @@ started again with the same arguments ends with the same parameters, to the last
 was left alone (on the same machine, with deterministic kernels).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import time
@@ -30,17 +28,9 @@ from tqdm import tqdm
 from .files import Work, save_tree
 from .numerics import check_counts
 
-__all__ = [
-    "FitResult",
-    "NonFiniteError",
-    "cosine_decay",
-    "fit",
-    "gradient_step",
-    "half_cosine",
-]
-
 Step = Callable[..., Mapping[str, Tensor]]
 
+_STREAMS = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # where their random state is kept
 _STEPS_ON_DEVICE = 64  # steps between two looks at the losses of an accelerator
 _FEWEST_CHECKPOINTS = 20  # in a training; more where an epoch is shorter
 
@@ -132,6 +122,7 @@ def fit(
     """
     tensors = data if isinstance(data, tuple) else (data,)
     _check_data(tensors, epochs, batch_size)
+    _check_state(state)
     steps_per_epoch = len(tensors[0]) // batch_size
     total = epochs * steps_per_epoch
     save_every = min(steps_per_epoch, max(1, total // _FEWEST_CHECKPOINTS))
@@ -144,19 +135,16 @@ def fit(
     if saved is not None:
         _check_same(checkpoint, saved["facts"], facts)
         _write_state(state, saved["state"])
-        _write_random_state(saved["random"])
+        for device, stream in saved["random"].items():
+            _STREAMS[device].set_rng_state(stream)
         losses.names, losses.kept = saved["names"], [saved["losses"]]
         done, seconds, last_saved = saved["done"], saved["seconds"], checkpoint
 
-    orders = _orders(len(tensors[0]), seed, done // steps_per_epoch)
-    order = None
+    batches = _batches(tensors[0], batch_size, seed, done)
     started = now = time.monotonic()
     with tqdm(total=total, initial=done, unit=" steps", dynamic_ncols=True, disable=None) as bar:
         while done < total:
-            position = done % steps_per_epoch
-            if position == 0 or order is None:
-                order = next(orders).to(tensors[0].device)
-            index = order[position * batch_size : (position + 1) * batch_size]
+            index = next(batches)
             if schedule is not None:
                 _scale_learning_rates(optimizers, schedule(done / total))
             try:
@@ -171,15 +159,9 @@ def fit(
             if is_due:
                 current = _read_state(state, done, last_saved)
                 if checkpoint is not None:
-                    content = {
-                        "facts": facts,
-                        "state": current,
-                        "random": _read_random_state(),
-                        "names": losses.names,
-                        "losses": losses.values(),
-                        "done": done,
-                        "seconds": seconds + now - started,
-                    }
+                    progress = {"done": done, "seconds": seconds + now - started, "state": current}
+                    content = {"facts": facts, "names": losses.names, "losses": losses.values()}
+                    content |= progress | {"random": _read_random_state()}
                     save_tree(checkpoint, content, keep_previous=True)
                     last_saved = checkpoint
             if is_late:
@@ -280,28 +262,38 @@ def _check_data(tensors: tuple[Tensor, ...], epochs: int, batch_size: int) -> No
         found = ", ".join(f"{list(t.shape)} on {t.device}" for t in tensors)
         raise ValueError(f"data must agree in the first dimension and the device, got {found}")
     if len(tensors[0]) < batch_size:
-        raise ValueError(
-            f"data has {len(tensors[0])} examples, fewer than one batch of {batch_size}; "
-            "use a smaller batch_size"
-        )
+        count = f"{len(tensors[0])} examples, fewer than one batch of {batch_size}"
+        raise ValueError(f"data has {count}; use a smaller batch_size")
+
+
+def _check_state(state: Mapping[str, object]) -> None:
+    for name, thing in state.items():
+        if not isinstance(thing, Tensor) and not hasattr(thing, "load_state_dict"):
+            raise TypeError(
+                f"state[{name!r}] is a {type(thing).__name__}; give a tensor or what has state_dict"
+            )
 
 
 def _check_same(path: Path, before: Mapping[str, int], now: Mapping[str, int]) -> None:
     differences = [f"{k} {before[k]}, now {now[k]}" for k in now if before.get(k) != now[k]]
     if differences:
         raise ValueError(
-            f"checkpoint {path} is of a different training; remove it to start afresh: "
-            + "; ".join(differences)
+            f"checkpoint {path} is of a different training; remove it: {'; '.join(differences)}"
         )
 
 
-def _orders(num_examples: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """The order of the examples in an epoch, and in each one after it."""
+def _batches(data: Tensor, batch_size: int, seed: int, done: int) -> Iterator[Tensor]:
+    """Indices of the examples of each batch after those that are done, on the device of ``data``.
+
+    Each epoch has a new order, and leaves out what does not fill a batch.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for number in itertools.count():
-        order = torch.randperm(num_examples, generator=generator)
-        if number >= epoch:
-            yield order
+    num_used = len(data) // batch_size * batch_size
+    while True:
+        order = torch.randperm(len(data), generator=generator).to(data.device)
+        batches = order[:num_used].split(batch_size)
+        yield from batches[done:]
+        done = max(0, done - len(batches))
 
 
 class _Losses:
@@ -380,17 +372,9 @@ def _write_state(state: Mapping[str, object], saved: Mapping[str, object]) -> No
 
 
 def _read_random_state() -> dict[str, Tensor]:
-    random = {"cpu": torch.get_rng_state()}
+    devices = ["cpu"]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        random["cuda"] = torch.cuda.get_rng_state()
+        devices.append("cuda")
     if torch.backends.mps.is_available():
-        random["mps"] = torch.mps.get_rng_state()
-    return random
-
-
-def _write_random_state(random: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"])
-    if "mps" in random:
-        torch.mps.set_rng_state(random["mps"])
+        devices.append("mps")
+    return {device: _STREAMS[device].get_rng_state() for device in devices}
