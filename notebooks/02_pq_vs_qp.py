@@ -299,7 +299,7 @@ def optima(divergence, *arguments):
     def loss(phi):
         return divergence(log_five, gaussian(phi), *arguments, spacing=0.1)
 
-    phi = divergences.minimise(loss, start, num_steps=400)[0][-1]
+    phi = divergences.minimise(loss, start, num_steps=320)[0][-1]
     return torch.stack([phi[:, 0], phi[:, 1].exp(), loss(phi)], -1)
 
 
@@ -1341,7 +1341,7 @@ def starting_gaussians(centre):
 # NBVAL_CHECK_OUTPUT
 mus = torch.arange(0, 12.1, 0.5).unsqueeze(-1)
 start = starting_gaussians(mus)
-(phis,) = divergences.minimise(lambda phi: -bound(mus, phi), start, num_steps=200)
+(phis,) = divergences.minimise(lambda phi: -bound(mus, phi), start, num_steps=120)
 best_bound = (weight * bound(mus, phis[-1]).amax(0)).sum(-1)
 evidence = two_sides(lambda s: Normal(s * mus, 101**0.5).log_prob(x_data)) @ weight
 for i in (0, 2, 4, 6, 10, 18):
