@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
 from amortised import adversarial
-from amortised.encoders import ImplicitEncoder
+from amortised.amc import descend
+from amortised.encoders import BlockPerceptrons, ImplicitEncoder, start_at_prior
 from amortised.models import LinearGaussian
 
 TEACHER, STUDENT = Normal(0.5, 0.8), Normal(0.0, 1.0)
@@ -113,6 +114,33 @@ def test_implicit_encoder_refuses_what_it_cannot_do():
         ImplicitEncoder(2, trunk=nn.Identity(), num_features=3)(torch.zeros(1, 3), 0)
 
 
+@pytest.mark.parametrize("noise", ["gaussian", "bernoulli"])
+def test_a_student_starts_at_the_scale_of_the_prior(noise):
+    """With the same noise the moments are exact, and the network is an affine map of the old."""
+    encoder = ImplicitEncoder(3, noise, nn.Linear(5, 8), num_features=8, num_hidden=16)
+    x = torch.randn(40, 5)
+
+    def draws():
+        torch.manual_seed(1)
+        return encoder(x, 100).detach()
+
+    before = draws()
+    assert before.std((0, 1)).max() < 0.5
+    torch.manual_seed(1)
+    start_at_prior(encoder, x)
+    after = draws()
+    torch.testing.assert_close(after.mean((0, 1)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(after.flatten(0, 1).std(0), torch.ones(3))
+    slope = 1 / before.flatten(0, 1).std(0)
+    torch.testing.assert_close(after, (before - before.mean((0, 1))) * slope, atol=1e-4, rtol=1e-4)
+    nn.init.zeros_(encoder.head[-1].weight[1])
+    with pytest.raises(ValueError, match=r"coordinates \[1\] of z do not vary .* 40 images"):
+        start_at_prior(encoder, x)
+    encoder.head = BlockPerceptrons(1, 13, 4, 3)
+    with pytest.raises(ValueError, match="last layer must be"):
+        start_at_prior(encoder, x)
+
+
 # --- the original game ---------------------------------------------------------------------------
 
 
@@ -204,6 +232,138 @@ def test_numbers_of_samples_may_differ_and_may_be_a_whole_path():
     x, path, z = torch.randn(5, 3), torch.randn(7, 2, 5, 2), torch.randn(4, 5, 2)
     flat = adversarial.discriminator_loss(discriminator, x, path.flatten(0, 1), z)
     torch.testing.assert_close(adversarial.discriminator_loss(discriminator, x, path, z), flat)
+
+
+# --- pairs, and discriminators that know more ----------------------------------------------------
+
+# The teacher lies by 0.6 of the student's widths beside the student, and is 1.7 times as wide.
+SHIFT, WIDENING = 0.6, 1.7
+NARROW = Normal(torch.tensor([[[3.0, -2.0]]]), torch.tensor([[[0.1, 0.4]]]))
+WIDE = Normal(NARROW.mean + SHIFT * NARROW.scale, WIDENING * NARROW.scale)
+
+
+def norm_energy(x, z):
+    """A stand-in for log p(x|z)."""
+    return x.sum(-1) - 0.5 * (z - 1.0).square().sum(-1)
+
+
+def standardising_network(x, features):
+    """The linear map of the features that is log q_T - log q for any student."""
+    t, square = features.chunk(2, dim=-1)
+    curvature = 1 - 1 / WIDENING**2
+    value = SHIFT / WIDENING**2 * t + curvature * square
+    constant = 0.5 * (curvature - (SHIFT / WIDENING) ** 2) - math.log(WIDENING)
+    return (value + constant).sum(-1)
+
+
+def test_in_the_students_coordinates_the_log_ratio_of_gaussians_is_linear():
+    discriminator = adversarial.InformedDiscriminator(standardising_network)
+    moments = adversarial.StudentMoments(
+        Independent(Normal(NARROW.mean[0], NARROW.scale[0]), 1), torch.zeros(2, 1)
+    )
+    z = WIDE.sample((1000,)).squeeze(1)
+    logits = discriminator(X, z, norm_energy, moments)
+    expected = (WIDE.log_prob(z) - NARROW.log_prob(z)).sum(-1).reshape(logits.shape)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_known_terms_are_scaled_and_counted_from_the_students_means():
+    discriminator = adversarial.InformedDiscriminator(lambda x, z: z[..., 0], likelihood_scale=20.0)
+    discriminator.weights.data = torch.tensor([3.0, -5.0, 0.25])
+    x, z, draws = torch.randn(4, 6), torch.randn(7, 4, 2), torch.randn(16, 4, 2) + 2.0
+    likelihood, norm = norm_energy(x, z) / 20.0, z.square().sum(-1) / 4.0
+    plain = discriminator(x, z, norm_energy)
+    torch.testing.assert_close(plain, z[..., 0] + 3.0 * likelihood - 5.0 * norm + 0.25)
+    moments = adversarial.student_moments(x, draws, norm_energy)
+    centred = 3.0 * (likelihood - norm_energy(x, draws).mean(0) / 20.0)
+    centred = centred - 5.0 * (norm - draws.square().sum(-1).mean(0) / 4.0) + 0.25
+    t = (z - draws.mean(0)) / (draws.var(0) + 1e-4).sqrt()
+    torch.testing.assert_close(discriminator(x, z, norm_energy, moments), t[..., 0] + centred)
+    assert [name for name, _ in discriminator.named_parameters()] == ["weights"]
+
+
+def test_the_loss_of_pairs_is_its_definition_and_both_sides_see_one_difference():
+    x, above, below = torch.zeros(3, 1), torch.randn(2, 3, 2), torch.randn(4, 3, 2)
+
+    def critic(x, z):
+        return z.sum(-1) + 100.0  # what is added for all z of an x does not count
+
+    loss = adversarial.relativistic_loss(critic, x, above, below)
+    pairs = [nn.functional.softplus(-(critic(x, u) - critic(x, v))) for u in above for v in below]
+    torch.testing.assert_close(loss, torch.stack(pairs).mean(0))
+    assert adversarial.relativistic_loss(critic, x, below, above).mean() > 0
+
+
+def test_gradient_of_the_students_pairs_is_the_weighted_path_gradient():
+    """That of E softplus(D(z') - D(z)) for the log-ratio D, against quadrature over both."""
+    grid = torch.linspace(-9.0, 9.0, 1_201, dtype=torch.float64)
+    pull = torch.sigmoid(log_ratio(grid) - log_ratio(grid).unsqueeze(1))  # rows: the student's z
+    pull = torch.trapezoid(pull * TEACHER.log_prob(grid).exp(), grid)
+    path = STUDENT.log_prob(grid).exp() * pull * ((grid - 0.5) / 0.8**2 - grid)
+    exact = [torch.trapezoid(path, grid), torch.trapezoid(path * grid, grid)]
+    teacher = TEACHER.sample((1, 100_000, 1))
+
+    def loss(z):  # a pair for each of the draws
+        return adversarial.relativistic_loss(optimal, X, z.transpose(0, 1), teacher).mean()
+
+    assert_path_gradients(loss, 0.0, 0.0, exact)
+
+
+GAMES = {
+    "gan": lambda critic, z, r: adversarial.discriminator_loss(critic, X, z, r),
+    "relativistic": lambda critic, z, r: adversarial.relativistic_loss(critic, X, z, r),
+}
+
+
+@pytest.mark.parametrize("laws", ["equal", "shifted", "half as wide"])
+@pytest.mark.parametrize("name", GAMES)
+def test_only_between_equal_laws_is_an_undecided_discriminator_at_rest(name, laws):
+    """Slopes of the loss at D = 0 in the weights of 1, t and (t^2 - 1)/2, with their errors."""
+    student = {"equal": WIDE, "shifted": Normal(WIDE.mean + 0.3 * WIDE.scale, WIDE.scale),
+               "half as wide": Normal(WIDE.mean, WIDE.scale / 2)}[laws]  # fmt: skip
+    z = [law.sample((1, 20_000)).reshape(1, 20_000, 2) for law in (WIDE, student)]
+    contrast = Independent(Normal(student.mean[0], student.scale[0]), 1)
+    weights = torch.zeros(20_000, 4, requires_grad=True)  # one set for each pair
+
+    def critic(x, z):
+        return (adversarial.standardised_features(z, contrast) * weights).sum(-1)
+
+    (slopes,) = torch.autograd.grad(GAMES[name](critic, *z).sum(), weights)
+    mean, error = mean_and_error(slopes)
+    is_at_rest = (mean.abs() < 4 * error).tolist()
+    assert is_at_rest == {"equal": [True] * 4, "shifted": [False] * 2 + is_at_rest[2:],
+                          "half as wide": [True] * 2 + [False] * 2}[laws]  # fmt: skip
+
+
+def test_the_students_coordinates_show_half_the_width_where_a_plain_discriminator_is_blind():
+    """Means that depend on x; after as many updates, on as many pairs."""
+    weight = 1.5 * torch.randn(8, 4)
+    networks = {
+        name: adversarial.Discriminator(latent_dim, nn.Linear(4, 32), 32, 64)
+        for name, latent_dim in (("plain", 8), ("standardised", 16))
+    }
+
+    def loss(name, num_images):
+        x = torch.randn(num_images, 4)
+        mean = (x @ weight.T).sin()
+        z_teacher = mean + 0.2 * torch.randn(4, num_images, 8)
+        z_student, z_moments = (mean + 0.1 * torch.randn(k, num_images, 8) for k in (4, 16))
+        if name == "standardised":
+            contrast = adversarial.adaptive_contrast(z_moments)
+            z_teacher, z_student = (
+                adversarial.standardised_features(z, contrast) for z in (z_teacher, z_student)
+            )
+        return adversarial.discriminator_loss(networks[name], x, z_teacher, z_student)
+
+    losses = {}
+    for name, network in networks.items():
+        optimizer = torch.optim.Adam(network.parameters(), lr=5e-4)
+        for _ in range(300):
+            descend(loss(name, 50), optimizer)
+        with torch.no_grad():
+            losses[name] = loss(name, 2000).mean().item()
+    assert losses["plain"] > 2 * math.log(2) - 0.1, losses
+    assert losses["standardised"] < 2 * math.log(2) - 0.8, losses
 
 
 # --- the Wasserstein game ------------------------------------------------------------------------

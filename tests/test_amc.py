@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Bernoulli, Categorical, Independent
+from torch.distributions import Bernoulli, Categorical, Independent, Normal
 
 from amortised import adversarial, amc, encoders
-from amortised.adversarial import Discriminator
+from amortised.adversarial import Discriminator, InformedDiscriminator
 from amortised.files import OutOfTimeError, Work
 from amortised.mcmc import hmc_step, langevin_step, mala_step
 from amortised.models import LinearGaussian
@@ -46,6 +46,17 @@ def toy(noise=None):
         "discriminator": Discriminator(2, **small),
         "chains": amc.PersistentChains(20, 2),
     }
+
+
+class StandardisedLinear(nn.Module):
+    """The smallest network for the coordinates of the student: a logit linear in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x, features):
+        return features @ self.slope
 
 
 def sgd(networks, *names, lr=1.0):
@@ -307,10 +318,77 @@ def test_a_rule_of_ones_own_is_given_what_it_may_need_and_a_whole_path_can_teach
     settings = {"rule": rule, "discriminator": networks["discriminator"], "num_samples": 4}
     amc.amc_step(x, networks["model"], networks["encoder"], optimizers, teacher=path, **settings)
     assert [name for name, _ in seen] == ["critic", "critic", "student"]
-    model, discriminator, given, z_student, z_teacher, q = seen[0][1]
+    model, discriminator, given, z_student, z_teacher, q, encoder = seen[0][1]
     assert model is networks["model"] and discriminator is networks["discriminator"] and given is x
+    assert encoder is networks["encoder"]
     assert z_student.shape == (4, 5, 2) and z_student.requires_grad and q.batch_shape == (5,)
     assert z_teacher.shape == (12, 5, 2) and not z_teacher.requires_grad
+
+
+def test_a_game_is_played_with_what_its_discriminator_is_told():
+    """The critic sees the model, and moments of 16 other draws of the student, without graph."""
+    networks, x, seen, drawn = toy("gaussian"), torch.randn(5, 4), [], []
+    model, encoder, network, _ = networks.values()
+
+    def discriminator(x, z, **told):
+        seen.append(told)
+        return network(x, z)
+
+    def teacher(x, z0):
+        drawn.append(z0)
+        return z0 + 1.0
+
+    for rule in (amc.informed(amc.gan()), amc.standardised(amc.relativistic(), num_samples=200)):
+        amc.amc_step(
+            x, model, encoder, sgd(networks, "encoder", "discriminator", lr=0.0), rule=rule,
+            teacher=teacher, discriminator=discriminator, num_samples=3,
+        )  # fmt: skip
+    assert all(told["log_likelihood_fn"] == model.log_likelihood for told in seen)
+    assert ["moments" in told for told in seen] == [False] * 3 + [True] * 4
+    contrast, energies = seen[-1]["moments"]
+    assert all(told["moments"].energies is energies for told in seen[3:])
+    z = encoder(x, 2000).detach()
+    expected = torch.stack([model.log_likelihood(x, z), z.square().sum(-1)])
+    error = expected.std(1) * math.sqrt(1 / 200 + 1 / 2000)
+    assert ((energies - expected.mean(1)).abs() < 4 * error).all()
+    error = z.std(0) * math.sqrt(1 / 200 + 1 / 2000)
+    assert ((contrast.mean - z.mean(0)).abs() < 4 * error).all()
+    assert not energies.requires_grad and not contrast.mean.requires_grad
+
+
+@pytest.mark.parametrize("game", [amc.gan, amc.relativistic])
+@pytest.mark.parametrize("start", [0.0, math.log(0.5)], ids=["at the optimum", "half as wide"])
+def test_in_its_own_coordinates_a_student_finds_the_width_of_its_teacher_and_stays(game, start):
+    """A Gaussian student and a Gaussian teacher: the game is at rest where both are equal."""
+    mean, log_scale = torch.zeros(1, 2), torch.tensor([[math.log(0.1), 0.0]])
+    offset = torch.full((1, 2), start, requires_grad=True)
+    moved = torch.zeros(1, 2, requires_grad=True)  # in widths of the teacher
+
+    def student(x):
+        scale = log_scale.exp()
+        location = mean + moved * scale
+        return Independent(Normal(location.expand(len(x), 2), scale * offset.exp()), 1)
+
+    model = LinearGaussian(torch.zeros(1, 2), torch.zeros(1), 1.0)  # x knows nothing of z
+    network = InformedDiscriminator(StandardisedLinear())
+    optimizers = {
+        "encoder": torch.optim.Adam([offset, moved], lr=0.01, betas=(0.5, 0.9)),
+        "discriminator": torch.optim.Adam(network.parameters(), lr=0.05, betas=(0.5, 0.9)),
+    }
+    decays = [cosine_decay(optimizer, 250) for optimizer in optimizers.values()]
+    path = []
+    for _ in range(250):
+        amc.amc_step(
+            torch.zeros(100, 1), model, student, optimizers, discriminator=network, num_samples=4,
+            rule=amc.standardised(game()),
+            teacher=lambda x, z0: mean + log_scale.exp() * torch.randn_like(z0),
+        )  # fmt: skip
+        path.append(torch.cat([offset, moved]).detach())
+        for decay in decays:
+            decay.step()
+    assert path[-1].abs().max() < 0.1, path[-1]
+    if start == 0.0:
+        assert torch.stack(path).abs().max() < 0.2
 
 
 # --- which gradient goes where -------------------------------------------------------------------
@@ -461,7 +539,7 @@ def coin_flips(x):
 @pytest.mark.parametrize(
     ("names", "settings", "error", "message"),
     [
-        ("me", {"rule": "kl"}, ValueError, r"must be one of gan, wasserstein, mmd, incl.*'kl'"),
+        ("me", {"rule": "kl"}, ValueError, r"must be one of gan, wass.*, mmd, incl.*'kl'"),
         ("med", {}, ValueError, "rule 'gan' needs a discriminator"),
         ("me", {"rule": "mmd", "discriminator": never}, ValueError, "'mmd' has no discriminator"),
         ("me", {"discriminator": never}, ValueError, r"for discriminator, enc.*got model, enc"),

@@ -58,13 +58,14 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 # --- the file of studies -------------------------------------------------------------------------
 
-# SHA-256 of the lines "name config_hash recipe_version" of all runs, sorted. These names and hashes
-# are those of committed results and of the folders of runs: a change here makes them stale.
+# SHA-256 of the lines "name config_hash recipe_version" of the runs of these studies, sorted. Names
+# and hashes are those of committed results and of the folders of runs: a change makes them stale.
+FIRST_STUDIES = ("amc_table1", "amc_imputation", "vae_recap")
 RUNS_SHA256 = "9718643cd15cdb9bfd411c70b0ca931a792a29c10af042021fe1ee9dea829533"
 
 
-def test_the_options_of_the_runs_of_the_book_are_those_that_they_were():
-    all_runs = [run for run in select(load_studies()) if run.study != "reference"]
+def test_the_options_of_the_first_studies_are_those_that_they_were():
+    all_runs = [run for run in select(load_studies()) if run.study in FIRST_STUDIES]
     lines = [f"{r.name} {results.config_hash(r.config)} {r.recipe_version}" for r in all_runs]
     assert len(lines) == 113
     assert hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() == RUNS_SHA256
@@ -116,8 +117,8 @@ def fault_of(content: dict | str, tmp_path: Path) -> str:
         ({"small/rows/VAE-2": {}}, "rows.VAE-2.[key] = 'VAE-2': string should match pattern"),
         ({"Study 1": STUDIES["small"]}, "'Study 1': string should match pattern '^[a-z0-9_]+$'"),
         # names
-        ({"small/recipe": "gan"}, "small.recipe = 'gan': input should be 'amc', 'vae' or 'imput"),
-        ({"small/recipe": ["amc"]}, "small.recipe = ['amc']: input should be 'amc', 'vae' or"),
+        ({"small/recipe": "gan"}, "small.recipe = 'gan': input should be 'amc', 'vae', "),
+        ({"small/recipe": ["amc"]}, "small.recipe = ['amc']: input should be 'amc', 'vae', "),
         ({"small/recipe_version": 0}, "recipe_version = 0: input should be greater than 0"),
         ({"small/scales/huge": {}}, "'huge': input should be 'laptop' or 'full'"),
         ({f"{VAE}/scales": ["huge"]}, "rows.vae: scales[0] = 'huge': input should be 'laptop' or"),

@@ -19,6 +19,7 @@ from amortised.mcmc import (
     metropolis_step,
     negative_energy,
     sample_chain,
+    split_rhat,
 )
 from amortised.numerics import CallCounter, value_and_grad
 
@@ -332,3 +333,50 @@ def test_states_may_be_positions_or_states():
         without_grad, correlated, 0.2, 3, generator=torch.Generator().manual_seed(0)
     )
     torch.testing.assert_close(again, from_z)
+
+
+# --- do chains agree? ----------------------------------------------------------------------------
+
+
+def test_rhat_is_near_one_for_independent_draws_and_above_it_for_a_shift():
+    draws = normal(1000, 4, 2)
+    assert (split_rhat(draws) < 1.01).all()
+    # Half of 2C chains shifted by d: variance of the means about d^2 / 4, within about 1.
+    shifted = draws + torch.tensor([0.0, 0.0, 0.5, 0.5]).double()[:, None]
+    assert split_rhat(shifted)[0].item() == pytest.approx(math.sqrt(1 + 0.25**2), abs=0.03)
+
+
+def test_rhat_sees_a_drift_within_one_chain():
+    assert split_rhat(normal(1000, 1, 1) + torch.linspace(0, 3, 1000).double()[:, None, None]) > 1.3
+
+
+def test_rhat_sees_a_difference_of_spread_alone():
+    scales = torch.tensor([1.0, 1.0, 3.0, 3.0]).double()[:, None]
+    assert split_rhat(normal(1000, 4, 1) * scales) > 1.1
+
+
+def test_rhat_needs_no_moments_and_does_not_depend_on_the_scale():
+    cauchy = normal(1000, 4, 1) / normal(1000, 4, 1, seed=1)
+    assert split_rhat(cauchy) < 1.02
+    torch.testing.assert_close(split_rhat(1e6 * cauchy - 3e6), split_rhat(cauchy))
+
+
+def test_rhat_shares_ranks_between_equal_values():
+    stats = pytest.importorskip("scipy.stats")
+    draws = normal(40, 3, 1).round(decimals=1)
+    from amortised.mcmc import _normal_scores
+
+    expected = stats.norm.ppf((stats.rankdata(draws.flatten()) - 0.375) / (120 + 0.25))
+    torch.testing.assert_close(_normal_scores(draws).flatten(), torch.tensor(expected))
+
+
+def test_rhat_of_chains_that_stand_still():
+    still = torch.tensor([0.0, 1.0]).double().expand(10, 2)[..., None]
+    assert split_rhat(still).isinf().all()
+    assert split_rhat(torch.zeros(10, 2, 1)).isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 1), (10,), (10, 0, 1)])
+def test_rhat_refuses_too_little(shape):
+    with pytest.raises(ValueError, match="split_rhat needs"):
+        split_rhat(torch.zeros(shape))

@@ -169,3 +169,17 @@ def test_conv_trunk_mirrors_the_decoder():
     assert [(m.in_channels, m.out_channels) for m in sides] == [(1, 16), (16, 32), (32, 32)]
     assert sum(isinstance(m, nn.LeakyReLU) for m in conv_trunk(negative_slope=0.2)) == 4
     assert conv_trunk(64)(torch.zeros(2, 784)).shape == (2, 64)
+
+
+def test_a_decoder_starts_at_the_mean_pixel():
+    """One bias for the image of a convolution, one for each pixel of a dense layer."""
+    images = (torch.rand(200, 784) < 0.13).float() * torch.rand(200, 784)
+    conv, dense = ConvBernoulli(), BernoulliDecoder(nn.Linear(2, 784), 2, 784)
+    for model, mean in ((conv, images.mean().reshape(1)), (dense, images.mean(0))):
+        weights = [p for p in model.parameters() if p.shape != mean.shape]
+        before = [p.clone() for p in weights]
+        model.start_at_mean(images)
+        torch.testing.assert_close(list(model.parameters())[-1].sigmoid(), mean)
+        assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+    with pytest.raises(ValueError, match=r"between 0 and 1; got 0 to 0\.5"):
+        dense.start_at_mean(torch.linspace(0, 0.5, 784).expand(3, 784))

@@ -39,7 +39,7 @@ def kinds_in_use() -> dict[str, Experiment]:
                 f"{name}={value}" if isinstance(value, int) else value
                 for name, value in experiment.config.items()
                 if isinstance(value, str) and not name.endswith("dtype") and value != "none"
-                if name != "trained_study"
+                if name not in ("trained_study", "start", "start_sha256")
             ]
             if (count := experiment.config.get("num_student_samples", 1)) > 1:
                 words.append(f"K={count}")
@@ -87,7 +87,7 @@ ON_IMAGES |= {"ais_ll", "ais_ess", "ais_acceptance_rate"}
 ON_PAIRS = {"simulated_lower_bound", "simulated_upper_bound", "simulated_gap"}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("imputation")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("amc", "vae"))])
 def test_a_row_is_trained_and_evaluated(made, kind):
     experiment = KINDS[kind]
     config = experiment.config
@@ -171,7 +171,8 @@ def test_rows_of_one_seed_start_from_one_decoder_and_learn_at_their_rates(kind):
     first = built(VAE).networks["decoder"].state_dict()
     config, training = TRAINED[kind].config, built(TRAINED[kind])
     decoder = training.networks["decoder"].state_dict()
-    assert all(torch.equal(value, decoder[name]) for name, value in first.items())
+    if TRAINED[kind].recipe != "teacher":  # which start from weights that are trained
+        assert all(torch.equal(value, decoder[name]) for name, value in first.items())
     is_game = config.get("method") == "avb" or config.get("rule") in ("gan", "wasserstein")
     learners = {"model", "encoder"} if config.get("encoder") != "none" else {"model"}
     assert training.optimizers.keys() == learners | ({"discriminator"} if is_game else set())

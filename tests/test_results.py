@@ -211,6 +211,7 @@ def test_config_hash_depends_on_the_settings_and_on_nothing_else():
     ("config", "error", "message"),
     [
         ([1], TypeError, "config is a list"),
+        ({"a": {1: 2}}, TypeError, r"config = .* the key 1 is no text"),
         ({"a": [0.1, math.nan]}, ValueError, r"config = {'a': \[0.1, nan\]} cannot be JSON"),
         ({"device": torch.device("cpu")}, TypeError, r"config = .* Object of type device"),
     ],

@@ -86,13 +86,13 @@ runs.fit = fit
 """  # notes each step of the training in a file, and can make it slower
 
 KILLED = """
-real_replace = os.replace
-def replace(source, target):
-    if str(target).endswith({name!r}):
+real_call = os.{call}
+def killing(*paths):
+    if str(paths[-1]).endswith({name!r}):
         os.kill(os.getpid(), signal.SIGKILL)
-    real_replace(source, target)
-os.replace = replace
-"""  # before a file gets its name
+    real_call(*paths)
+os.{call} = killing
+"""  # before a file gets its name, or goes
 
 FULL_DISK = """
 import resource
@@ -280,21 +280,22 @@ def test_killed_at_random_moments(workers, whole, tmp_path, row, num_kills):
 
 
 def test_killed_before_each_of_its_files_has_its_name(workers, whole, folder):
-    for name in (
-        "training-checkpoint.stage",
-        "training-checkpoint.stage.previous",
-        "decoder.safetensors",
-        "encoder.safetensors",
-        "training.json",
-        "proposal-checkpoint.stage",
-        "posthoc_importance-000.stage",
-        "importance-000.stage",
-        "annealing-000.stage",
-        "bounds-000.stage",
-        "per_image.stage",
-        "result.json",
+    for call, name in (
+        ("replace", "training-checkpoint.stage"),
+        ("replace", "training-checkpoint.stage.previous"),
+        ("replace", "decoder.safetensors"),
+        ("replace", "encoder.safetensors"),
+        ("replace", "training.json"),
+        ("unlink", "training-checkpoint.stage"),
+        ("replace", "proposal-checkpoint.stage"),
+        ("replace", "posthoc_importance-000.stage"),
+        ("replace", "importance-000.stage"),
+        ("replace", "annealing-000.stage"),
+        ("replace", "bounds-000.stage"),
+        ("replace", "per_image.stage"),
+        ("replace", "result.json"),
     ):
-        ended = workers(folder, before=KILLED.format(name=name))
+        ended = workers(folder, before=KILLED.format(call=call, name=name))
         assert ended.code == -signal.SIGKILL, name
         assert not (folder / "result.json").exists()
     assert workers(folder).code == 0
@@ -381,7 +382,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(workers, whole, folder, nam
 
 @pytest.mark.parametrize("cut", [0, 1000])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(workers, whole, folder, cut):
-    killed = KILLED.format(name="decoder.safetensors")
+    killed = KILLED.format(call="replace", name="decoder.safetensors")
     assert workers(folder, before=killed).code == -signal.SIGKILL
     damage(folder / "training-checkpoint.stage", cut)
     ended = workers(folder)

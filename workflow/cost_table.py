@@ -49,21 +49,22 @@ def work_of(config: Mapping) -> dict[str, dict[str, float]]:
     images = config["training_images"] * config["epochs"]
     is_game = config.get("method") == "avb" or config.get("rule") in ("gan", "wasserstein")
     leapfrogs = config["num_leapfrog_steps"] if config.get("kernel") == "hmc" else 1
-    sampled = config["images"] * config["num_samples"]
+    sampled = config["images"] * config.get("num_samples", 0)
     annealed = config["num_temperatures"] * config["num_leapfrog"]
     chains, pilot = config["num_chains"], config["pilot_chains"]
     own = config.get("encoder", "gaussian") == "gaussian"
+    decoders = 2 if "start" in config else 1  # one that it starts from, to compare with
     return {
         "training": {
             "image": images,
             "game": images * is_game,
-            "sample": images * (config["num_student_samples"] - 1),
+            "sample": images * (config.get("num_student_samples", 1) - 1),
             "chain": images * config.get("num_steps", 0) * leapfrogs,
         },
-        "annealing": {"annealing": config["images"] * annealed * (chains + pilot)},
+        "annealing": {"annealing": decoders * config["images"] * annealed * (chains + pilot)},
         "bounds": {"annealing": config["simulated_pairs"] * annealed * (2 * chains + pilot)},
         "importance sampling": {"importance": sampled * (2 if own else 1)},
-        "proposal": {"proposal": config["training_images"] * config["proposal_epochs"]},
+        "proposal": {"proposal": config["training_images"] * config.get("proposal_epochs", 0)},
     }
 
 
@@ -94,11 +95,11 @@ def fit(runs: list[Timed]) -> dict[str, float] | None:
     """Seconds for one unit of each kind of work; ``None`` where there are too few runs."""
     rows, seconds = [], []
     for run in runs:
-        if "imputation" in run.seconds:
+        if "annealing" not in run.seconds:
             continue
         for stage, work in work_of(run.experiment.config).items():
             rows.append([work.get(kind, 0.0) for kind in WORK])
-            seconds.append(run.seconds[stage])
+            seconds.append(run.seconds.get(stage, 0.0))
     design = np.asarray(rows, dtype=float).reshape(-1, len(WORK))
     used = design.any(axis=0)
     if len({run.experiment.row for run in runs}) <= used.sum():
@@ -126,7 +127,7 @@ def _print_rows(runs: list[Timed], per_unit: Mapping[str, dict | None]) -> None:
         groups[*run.experiment[:3], run.device].append(run)
     for (study, row, scale, device), members in groups.items():
         model, minutes = None, [run.total / 60 for run in members]
-        if per_unit[device] and "imputation" not in members[0].seconds:
+        if per_unit[device] and "annealing" in members[0].seconds:
             model = predicted(members[0].experiment.config, per_unit[device])
         shown = "–" if model is None else f"{model / 60:.1f}"
         print(
@@ -140,7 +141,7 @@ def _print_model(runs: list[Timed], per_unit: Mapping[str, float], device: str) 
     print("| unit of work | microseconds | share of all time |\n|:--|--:|--:|")
     done = defaultdict(float)
     for run in runs:
-        if "imputation" not in run.seconds:
+        if "annealing" in run.seconds:
             for work in work_of(run.experiment.config).values():
                 for kind, amount in work.items():
                     done[kind] += amount * per_unit.get(kind, 0.0)

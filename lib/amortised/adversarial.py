@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +131,144 @@ def generator_loss(discriminator: Critic, x: Tensor, z_student: Tensor) -> Tenso
     tensor([[-0.5000]])
     """
     return _mean_over_samples(F.softplus(-discriminator(x, z_student)))
+
+
+def relativistic_loss(discriminator: Critic, x: Tensor, z_above: Tensor, z_below: Tensor) -> Tensor:
+    r"""The relativistic game on pairs of samples of one observation.
+
+    .. math:: \mathbb{E}\big[\mathrm{softplus}\big(-[D(x, z) - D(x, z')]\big)\big]
+
+    over all pairs of a sample z that should score higher and one, z', that should score lower. The
+    discriminator sets the teacher above the student; the student, in its turn, its own samples
+    above the teacher's. What D adds for all z of an x cancels. Where the laws are equal no D does
+    better than :math:`\log 2`.
+
+    :param z_above: ``[M, B, D]``.
+    :param z_below: ``[K, B, D]``. No graph is cut: detach what is data.
+    :return: ``[B]``, in nats; other arguments as in :func:`discriminator_loss`.
+
+    Source: Jolicoeur-Martineau (2019), the relativistic standard loss.
+
+    >>> relativistic_loss(lambda x, z: z.sum(-1), torch.zeros(1, 1), torch.zeros(2, 1, 1),
+    ...                   torch.zeros(3, 1, 1))
+    tensor([0.6931])
+    """
+    difference = discriminator(x, z_above).unsqueeze(1) - discriminator(x, z_below)
+    return F.softplus(-difference).mean((0, 1))
+
+
+# --- discriminators that know more ---------------------------------------------------------------
+
+
+class StudentMoments(NamedTuple):
+    """What a :class:`InformedDiscriminator` knows of the student at each observation.
+
+    :ivar contrast: the Gaussian with the student's moments, of batch shape ``[B]``.
+    :ivar energies: the student's means of log p(x|z) and of the squared norm of z, ``[2, B]``.
+    """
+
+    contrast: Independent
+    energies: Tensor
+
+
+@torch.no_grad()
+def student_moments(x: Tensor, z: Tensor, log_likelihood_fn: Critic) -> StudentMoments:
+    """Moments of the student from samples of it, without graph.
+
+    :param x: observations, ``[B, P]``.
+    :param z: samples of the student, ``[K, B, D]``, K some tens; others than those that are told
+        apart.
+    :param log_likelihood_fn: log p(x|z), ``(x, z) -> [..., B]``.
+
+    >>> z = torch.tensor([[[1.0]], [[3.0]]])
+    >>> moments = student_moments(torch.zeros(1, 1), z, lambda x, z: -z.sum(-1))
+    >>> moments.contrast.mean, moments.energies
+    (tensor([[2.]]), tensor([[-2.],
+            [ 5.]]))
+    """
+    return StudentMoments(adaptive_contrast(z), _energies(x, z, log_likelihood_fn).mean(1))
+
+
+def standardised_features(z: Tensor, contrast: Independent) -> Tensor:
+    r"""A sample in the student's own coordinates, and the squares of these.
+
+    .. math:: t = \frac{z - m(x)}{s(x)}, \qquad \tfrac12 (t^2 - 1)
+
+    For a student :math:`\mathcal{N}(m, s^2)` and a teacher
+    :math:`\mathcal{N}(m + \delta s, (\rho s)^2)`, coordinate by coordinate,
+    :math:`\log q_T - \log q` is linear in them, with coefficients that know neither m nor s.
+
+    :param z: latents, ``[..., B, D]``.
+    :param contrast: the Gaussian with the student's moments, as of :func:`adaptive_contrast`.
+    :return: ``[..., B, 2 D]``.
+
+    >>> contrast = Independent(Normal(torch.ones(1, 1), 2.0), 1)
+    >>> standardised_features(torch.tensor([[5.0]]), contrast)
+    tensor([[2.0000, 1.5000]])
+    """
+    t = _standardised(z, contrast)
+    return torch.cat([t, 0.5 * (t.square() - 1.0)], dim=-1)
+
+
+class InformedDiscriminator(nn.Module):
+    r"""A discriminator that is told the energy of z, and possibly the student's moments.
+
+    .. math:: D(x, z) = f_\psi(x, z) + a \frac{\log p(x \mid z)}{P_0} + b \frac{\|z\|^2}{2 D} + c
+
+    with a, b, c learned from 0. The teacher moves along the gradient of
+    :math:`\log p(x \mid z) - \tfrac12 \|z\|^2`, so these terms have the shape of much of
+    :math:`\log q_T - \log q`, and the network need not find it in the pixels.
+
+    With the student's moments the network sees the :func:`standardised_features` in place of z, and
+    the two energies are counted from the student's means at x. A discriminator of z itself must
+    first learn where the student lies and how wide it is at each x, and until then it is blind to a
+    student of half the width.
+
+    :param network: :math:`f_\psi`, such as a :class:`Discriminator` of ``latent_dim`` D, or 2 D
+        where moments are given.
+    :param likelihood_scale: :math:`P_0`, in nats.
+
+    The weights a, b, c are the parameter ``weights``, which may have a learning rate of its own
+    (``2e-2`` beside ``5e-4`` for the network).
+
+    Source: prior and energy terms in a discriminator, and the student's coordinates (adaptive
+    contrast): Mescheder, Nowozin and Geiger (2017), sections 3.1 and 3.3.
+
+    >>> discriminator = InformedDiscriminator(Discriminator(latent_dim=2))
+    >>> x, z = torch.zeros(5, 784), torch.zeros(8, 5, 2)
+    >>> discriminator(x, z, log_likelihood_fn=lambda x, z: -z.square().sum(-1)).shape
+    torch.Size([8, 5])
+    """
+
+    def __init__(self, network: nn.Module, likelihood_scale: float = 50.0):
+        super().__init__()
+        self.network, self.likelihood_scale = network, likelihood_scale
+        self.weights = nn.Parameter(torch.zeros(3))
+
+    def forward(
+        self, x: Tensor, z: Tensor, log_likelihood_fn: Critic, moments: StudentMoments | None = None
+    ) -> Tensor:
+        """The logit of each pair, ``[..., B]``.
+
+        :param x: observations, ``[B, P]``.
+        :param z: latents, ``[..., B, D]``.
+        :param log_likelihood_fn: log p(x|z), ``(x, z) -> [..., B]``; the model's method, whose
+            parameters are not those of the discriminator.
+        :param moments: of the student at x.
+        """
+        log_likelihood, squared_norm = _energies(x, z, log_likelihood_fn)
+        (a, b, c), latent_dim = self.weights, z.shape[-1]
+        if moments is not None:
+            log_likelihood = log_likelihood - moments.energies[0]
+            squared_norm = squared_norm - moments.energies[1]
+            z = standardised_features(z, moments.contrast)
+        known = a * log_likelihood / self.likelihood_scale + b * squared_norm / (2 * latent_dim) + c
+        return self.network(x, z) + known
+
+
+def _energies(x: Tensor, z: Tensor, log_likelihood_fn: Critic) -> Tensor:
+    """log p(x|z) and the squared norm of z, ``[2, ..., B]``."""
+    return torch.stack([log_likelihood_fn(x, z), z.square().sum(-1)])
 
 
 # --- the Wasserstein game ------------------------------------------------------------------------

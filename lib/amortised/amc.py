@@ -209,7 +209,8 @@ class Lesson(NamedTuple):
 
     ``model`` is p(x, z); ``discriminator`` is D(x, z), or None; ``x`` is ``[B, P]``; ``z_student``,
     ``[K, B, D]``, has the graph of its draw; ``z_teacher``, ``[M, B, D]``, has none; ``q`` is the
-    student's distribution where the rule needs a density, and otherwise None.
+    student's distribution where the rule needs a density, and otherwise None; ``encoder`` is the
+    student.
     """
 
     model: LatentVariableModel
@@ -218,6 +219,7 @@ class Lesson(NamedTuple):
     z_student: Tensor
     z_teacher: Tensor
     q: Distribution | None
+    encoder: Encoder
 
 
 class Rule(NamedTuple):
@@ -228,9 +230,12 @@ class Rule(NamedTuple):
     its own. Each is descended in the parameters of its own network alone (:func:`descend`).
 
     The student must offer ``min_samples`` samples for each observation or more, and a distribution
-    if the rule ``needs_density``; otherwise its samples must have a gradient. ``RULES`` holds four:
+    if the rule ``needs_density``; otherwise its samples must have a gradient. ``critic`` makes
+    D(x, z) of a minibatch from the discriminator, where that asks for more than x and z
+    (:func:`informed`, :func:`standardised`). ``RULES`` holds five:
 
-    - ``"gan"`` and ``"wasserstein"``, the games :func:`gan` and :func:`wasserstein`;
+    - ``"gan"``, ``"wasserstein"`` and ``"relativistic"``, the games :func:`gan`,
+      :func:`wasserstein` and :func:`relativistic`;
     - ``"mmd"``: :func:`amortised.adversarial.mmd_squared`, of at least 8 samples;
     - ``"inclusive_kl"``: :math:`-\mathbb{E}_{q_T} \log q_\phi(z \mid x)`, which needs a density.
 
@@ -238,7 +243,7 @@ class Rule(NamedTuple):
 
     >>> rule = Rule("means", lambda s: (s.z_student.mean(0) - s.z_teacher.mean(0)).square().sum(-1))
     >>> rule.is_game, list(RULES)
-    (False, ['gan', 'wasserstein', 'mmd', 'inclusive_kl'])
+    (False, ['gan', 'wasserstein', 'relativistic', 'mmd', 'inclusive_kl'])
     """
 
     name: str
@@ -247,6 +252,7 @@ class Rule(NamedTuple):
     num_critic_steps: int = 1
     min_samples: int = 1
     needs_density: bool = False
+    critic: Callable[[Lesson], Critic] | None = None
 
     @property
     def is_game(self) -> bool:
@@ -293,11 +299,65 @@ def wasserstein(num_critic_steps: int = 5, penalty_weight: float = 10.0) -> Rule
     )
 
 
+def relativistic() -> Rule:
+    """The game of pairs, with :func:`amortised.adversarial.relativistic_loss` for both sides.
+
+    >>> relativistic().is_game
+    True
+    """
+    loss = adversarial.relativistic_loss
+    return Rule(
+        "relativistic",
+        lambda s: loss(s.discriminator, s.x, s.z_student, s.z_teacher),
+        lambda s: loss(s.discriminator, s.x, s.z_teacher, s.z_student.detach()),
+    )
+
+
+def informed(game: Rule) -> Rule:
+    """The game whose discriminator, an :class:`amortised.adversarial.InformedDiscriminator`, is
+    told log p(x|z) and the squared norm of z.
+
+    :param game: such as :func:`gan` or :func:`relativistic`.
+
+    >>> informed(gan()).name
+    'informed gan'
+    """
+    return game._replace(name=f"informed {game.name}", critic=_informed_critic)
+
+
+def standardised(game: Rule, num_samples: int = 16) -> Rule:
+    """The informed game in the student's own coordinates.
+
+    The student's moments at each observation are those of fresh draws of it, without gradient; the
+    network of the discriminator takes 2 D latents.
+
+    :param game: such as :func:`gan` or :func:`relativistic`.
+    :param num_samples: draws for the moments.
+
+    >>> standardised(relativistic()).name
+    'standardised relativistic'
+    """
+    critic = partial(_standardised_critic, num_samples=num_samples)
+    return game._replace(name=f"standardised {game.name}", critic=critic)
+
+
+def _informed_critic(lesson: Lesson) -> Critic:
+    return partial(lesson.discriminator, log_likelihood_fn=lesson.model.log_likelihood)
+
+
+def _standardised_critic(lesson: Lesson, num_samples: int) -> Critic:
+    critic = _informed_critic(lesson)
+    with torch.no_grad():
+        z = student_samples(lesson.encoder, lesson.x, num_samples)
+    moments = adversarial.student_moments(lesson.x, z, lesson.model.log_likelihood)
+    return partial(critic, moments=moments)
+
+
 _MMD = Rule(
     "mmd", lambda s: adversarial.mmd_squared(s.z_student, s.z_teacher), min_samples=MIN_MMD_SAMPLES
 )
 _INCLUSIVE_KL = Rule("inclusive_kl", lambda s: -s.q.log_prob(s.z_teacher), needs_density=True)
-RULES = {rule.name: rule for rule in (gan(), wasserstein(), _MMD, _INCLUSIVE_KL)}
+RULES = {rule.name: rule for rule in (gan(), wasserstein(), relativistic(), _MMD, _INCLUSIVE_KL)}
 
 # That of `mcmc_vi_step`, which looks away from the teacher.
 _ELBO = Rule(
@@ -395,10 +455,12 @@ def amc_step(
     if q is None and not z_student.requires_grad:
         raise TypeError(f"rule {rule.name!r} needs a student whose samples have a gradient")
     z_teacher = teacher(x, z_student.detach())
-    lesson = Lesson(model, discriminator, x, z_student, z_teacher, q)
     losses = {}
     if "model" in optimizers:
         losses["model"] = descend(-model.log_joint(x, z_teacher), optimizers["model"])
+    lesson = Lesson(model, discriminator, x, z_student, z_teacher, q, encoder)
+    if rule.critic is not None:
+        lesson = lesson._replace(discriminator=rule.critic(lesson))
     for _ in range(rule.num_critic_steps if rule.is_game else 0):
         loss = rule.discriminator_loss(lesson)
         losses["discriminator"] = descend(loss, optimizers["discriminator"])

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-__all__ = ["alpha_divergence", "gaussian_elbo", "jensen_shannon", "kl", "minimise"]
-
 
 def kl(log_p: Tensor, log_q: Tensor, spacing: float) -> Tensor:
     r"""The Kullback–Leibler divergence :math:`\mathrm{KL}(p \,\|\, q) = \int p \log (p / q)`.

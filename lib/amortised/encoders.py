@@ -281,3 +281,40 @@ class ImplicitEncoder(nn.Module):
             return self.head(features * torch.bernoulli(torch.full_like(features, 0.5)))
         noise = torch.randn_like(features[..., :1].expand(*features.shape[:-1], self.noise_dim))
         return self.head(torch.cat([features, noise], dim=-1))
+
+
+@torch.no_grad()
+def start_at_prior(encoder: ImplicitEncoder, x: Tensor, num_samples: int = 100) -> None:
+    r"""Rescale the last layer of a student so that it starts at the scale of the prior.
+
+    With :math:`m_d` and :math:`s_d` the mean and standard deviation of the draws :math:`z_d` over
+    noise *and* images, the weights and bias of output d become
+
+    .. math:: w_d \leftarrow w_d / s_d, \qquad b_d \leftarrow (b_d - m_d) / s_d,
+
+    after which each coordinate has mean 0 and standard deviation 1. The usual initial weights give
+    noise standard deviations of 0.05 (Gaussian noise) or 0.002 (Bernoulli noise): a student that
+    starts as a point is told from any teacher at once, and a game may never recover.
+
+    :param encoder: changed in place; the last layer of its ``head`` is linear.
+    :param x: images of the kind that it will see, ``[B, P]``.
+    :param num_samples: K draws for each; the moments are those of K B draws.
+    :raises ValueError: when the last layer is not linear, or a coordinate does not vary.
+
+    >>> encoder, x = ImplicitEncoder(2, trunk=nn.Identity(), num_features=3), torch.randn(50, 3)
+    >>> start_at_prior(encoder, x)
+    >>> bool((encoder(x, 1000).std((0, 1)) - 1).abs().max() < 0.05)
+    True
+    """
+    last = encoder.head[-1] if isinstance(encoder.head, nn.Sequential) else encoder.head
+    if not isinstance(last, nn.Linear):
+        raise ValueError(f"the last layer must be nn.Linear to be rescaled; got {last}")
+    z = encoder(x, num_samples).flatten(0, 1)
+    mean, scale = z.mean(0), z.std(0)
+    if not (scale > 0).all():
+        raise ValueError(
+            f"coordinates {(scale <= 0).nonzero().flatten().tolist()} of z do not vary over the "
+            f"noise and these {len(x)} images; use initial weights that are not zero"
+        )
+    last.weight.div_(scale.unsqueeze(1))
+    last.bias.sub_(mean).div_(scale)

@@ -22,22 +22,6 @@ from torch import Tensor
 
 from .numerics import all_finite, check_counts, value_and_grad
 
-__all__ = [
-    "ChainState",
-    "KernelInfo",
-    "LeapfrogState",
-    "SampledChain",
-    "chain_effective_sample_size",
-    "hmc_step",
-    "init_state",
-    "langevin_step",
-    "leapfrog",
-    "leapfrog_step",
-    "mala_step",
-    "metropolis_step",
-    "sample_chain",
-]
-
 LogDensity = Callable[[Tensor], Tensor]
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -359,6 +343,63 @@ def chain_effective_sample_size(samples: Tensor) -> Tensor:
     positive = (pairs > 0).to(pairs.dtype).cumprod(0)
     monotone = torch.cummin(pairs, dim=0).values * positive
     return num_samples / (2.0 * monotone.sum(0) - 1.0)
+
+
+def split_rhat(samples: Tensor) -> Tensor:
+    r"""Rank-normalised split :math:`\hat R`: do chains agree with each other, and halves of chains?
+
+    Each chain is cut in half, which gives C chains of n draws. With W the mean of their variances
+    and B / n the variance of their means,
+
+    .. math:: \hat R = \sqrt{\Bigl(\frac{n - 1}{n} W + \frac{B}{n}\Bigr) \Big/ W}.
+
+    It is computed twice, and the larger value returned: from the normal scores of the pooled ranks,
+    which exist for targets of any tails and see different locations, and from those of
+    :math:`|z - \mathrm{median}|`, which see different spreads. Values above 1.01 mean that the
+    chains have not met; a value near 1 does not mean that they have seen the whole target.
+
+    :param samples: ``[N, C, ...]``, N at least 4 successive states of C at least 1 chains.
+    :return: one value for each quantity, ``[...]``; ``nan`` where all draws are equal, infinite
+        where each half chain stands still at a place of its own.
+    :raises ValueError: when there are fewer than 4 states or no chain.
+
+    Source: Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021), section 4.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> draws = torch.randn(500, 4, 1, generator=generator)
+    >>> apart = draws + torch.tensor([0.0, 0.0, 3.0, 3.0])[:, None]
+    >>> bool(split_rhat(draws) < 1.01), bool(split_rhat(apart) > 1.5)
+    (True, True)
+    """
+    if samples.ndim < 2 or samples.shape[0] < 4 or samples.shape[1] < 1:
+        raise ValueError(
+            "split_rhat needs samples [N, C, ...] with at least 4 states of 1 chain; got shape "
+            f"{tuple(samples.shape)}"
+        )
+    half = samples.shape[0] // 2
+    chains = torch.cat([samples[:half], samples[-half:]], dim=1).double()
+    pooled = chains.flatten(0, 1)
+    folded = (chains - pooled.median(0).values).abs()
+    return torch.maximum(_rhat(_normal_scores(chains)), _rhat(_normal_scores(folded)))
+
+
+def _rhat(chains: Tensor) -> Tensor:
+    """The ratio above, of ``[n, C, ...]``."""
+    num_draws = chains.shape[0]
+    within = chains.var(0).mean(0)
+    between = chains.mean(0).var(0)
+    return ((within * (num_draws - 1) / num_draws + between) / within).sqrt()
+
+
+def _normal_scores(chains: Tensor) -> Tensor:
+    """Normal quantiles of the pooled ranks of ``[n, C, ...]``; equal values share a rank."""
+    flat = chains.reshape(chains.shape[0] * chains.shape[1], -1)
+    ranks = []
+    for column in flat.unbind(-1):
+        _, place, count = torch.unique(column, return_inverse=True, return_counts=True)
+        ranks.append((count.cumsum(0).double() - 0.5 * (count - 1))[place])
+    share = (torch.stack(ranks, -1) - 0.375) / (len(flat) + 0.25)
+    return torch.special.ndtri(share).reshape(chains.shape)
 
 
 def normal_like(z: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -261,6 +261,32 @@ class BernoulliDecoder(LatentVariableModel):
         """Independent Bernoulli pixels for latents ``[..., D]``; observations must be 0 or 1."""
         return Independent(Bernoulli(logits=self.logits(z)), 1)
 
+    @torch.no_grad()
+    def start_at_mean(self, images: Tensor) -> None:
+        r"""Set the bias of the last layer to :math:`\mathrm{logit}` of the images' mean.
+
+        Where the layer has one bias for all pixels, as a convolution has, the mean is over all of
+        them; where it has one for each pixel, it is the mean of that pixel. Without this the first
+        hundreds of updates learn no more than that most pixels are black.
+
+        :param images: grey values or zeros and ones, ``[N, P]``.
+        :raises ValueError: when a mean is 0 or 1, and has no finite logit.
+
+        >>> model = BernoulliDecoder(nn.Linear(1, 2), latent_dim=1, observation_dim=2)
+        >>> model.start_at_mean(torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]]))
+        >>> model.decoder.bias.sigmoid()
+        tensor([0.2500, 0.7500], grad_fn=...)
+        """
+        layers = [m for m in self.decoder.modules() if getattr(m, "bias", None) is not None]
+        bias = layers[-1].bias
+        mean = images.mean() if bias.numel() == 1 else images.mean(0)
+        if not ((mean > 0) & (mean < 1)).all():
+            raise ValueError(
+                f"the mean of each pixel must lie between 0 and 1; got {mean.min():g} to "
+                f"{mean.max():g}. Give more images, or average them over pixels"
+            )
+        bias.copy_(mean.logit())
+
 
 class ConvBernoulli(BernoulliDecoder):
     r"""The book's decoder of 28 x 28 binary images: small, convolutional, 311,861 parameters.

@@ -11,6 +11,7 @@ Sources: Li, Turner and Liu (2017) for the rows of amortised MCMC and for imputa
 and Salakhutdinov (2016) and Tucker et al. (2019) for those of importance-weighted auto-encoders.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from . import amc, data, evaluation, imputation, mcmc
+from . import amc, data, evaluation, imputation, mcmc, results
 from .adversarial import Discriminator
 from .ais import AISSettings, sigmoid_schedule
 from .encoders import GaussianEncoder
@@ -281,8 +282,7 @@ def evaluate_decoder(run: Run) -> Outcome:
     if isinstance(encoder, GaussianEncoder):
         own = sampling(_on_device(encoder, run.device), x, work=work.stage("importance"))
         seconds["importance sampling"] += own.seconds
-    names = ("num_chains", "pilot_chains", "num_temperatures", "num_leapfrog")
-    annealing = {name: config[name] for name in names} | {"seed": seed}
+    annealing = _annealing(config, seed)
     dtype = DTYPES[config["evaluation_dtype"]]
     if dtype is not None:
         annealing["likelihood"] = partial(log_likelihood_and_grad, decoder, dtype=dtype)
@@ -299,6 +299,93 @@ def evaluate_decoder(run: Run) -> Outcome:
         "simulated_upper_bound": bounds.upper,
         "simulated_gap": bounds.gap,
     }
+    return Outcome(per_image, seconds, {})
+
+
+def _annealing(config: Mapping[str, object], seed: int) -> dict[str, object]:
+    """The settings of chains from the prior; without a persistence momenta are fresh."""
+    names = ("num_chains", "pilot_chains", "num_temperatures", "num_leapfrog", "persistence")
+    return {name: config[name] for name in names if name in config} | {"seed": seed}
+
+
+# --- one decoder, many teachers ------------------------------------------------------------------
+
+
+def teacher_training(config: Mapping[str, object], device: torch.device | str = "cpu") -> Training:
+    """A trained decoder and its Gaussian encoder, trained on as :func:`amc_training` does.
+
+    Both start from committed weights, so that rows differ by their teacher alone.
+
+    :param config: the options of :class:`amortised.studies.TeacherOptions`.
+    :param device: where to put the networks.
+    :raises ValueError: when the weights are not those that the options name.
+    """
+    fixed = dict(encoder="gaussian", rule="none", num_leapfrog_steps=1, num_critic_steps=1,
+                 num_student_samples=1, game_learning_rate=config["learning_rate"],
+                 chain_dtype="float32")  # fmt: skip
+    paths = _start(config)
+    training = amc_training(fixed | config, device)
+    for role, kind in (("decoder", "decoder"), ("encoder", "gaussian")):
+        results.load_weights(paths[role], training.networks[role], ARCHITECTURES[kind])
+    return training
+
+
+def _start(config: Mapping[str, object]) -> dict[str, Path]:
+    """The files of the weights to start from, their contents checked."""
+    stem = data.data_folder() / "models" / config["start"]
+    paths = {r: stem.with_name(f"{stem.name}-{r}.safetensors") for r in ("decoder", "encoder")}
+    content = b"".join(path.read_bytes() for path in paths.values())
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != config["start_sha256"]:
+        raise ValueError(
+            f"{stem} has other weights than the study asks for: start_sha256 is "
+            f"{config['start_sha256']}, that of decoder and encoder {digest}; restore these files"
+        )
+    return paths
+
+
+def evaluate_teacher(run: Run) -> Outcome:
+    """Hamiltonian annealing of random test images before and after, and the chain's acceptance.
+
+    Both decoders meet the same images and random numbers, so that ``hais_ll_change`` is paired.
+    The acceptance is that of the row's chain on the trained decoder from the trained encoder,
+    where the kernel has a Metropolis test.
+    """
+    config, seed = run.config, run.seed
+    decoder = _on_device(run.network("decoder"), run.device)
+    start = evaluation.load_module(_start(config)["decoder"]).half().float()  # as runs keep theirs
+    start = _on_device(start, run.device)
+    chosen = torch.Generator().manual_seed(config["image_seed"])
+    test = data.load_mnist_binary("test").images
+    x = test[torch.randperm(len(test), generator=chosen)[: config["images"]]].to(run.device)
+    annealing = _annealing(config, seed)
+    found = evaluation.hais_ll(decoder, x, **annealing, work=run.work.stage("annealing"))
+    before = evaluation.hais_ll(start, x, **annealing, work=run.work.stage("start_annealing"))
+    bounds = evaluation.bdmc_ll(
+        decoder, config["simulated_pairs"], **annealing, work=run.work.stage("bounds")
+    )
+    per_image = {
+        "hais_ll": found.log_likelihood,
+        "hais_ess": found.ess,
+        "hais_acceptance_rate": found.acceptance_rate,
+        "start_hais_ll": before.log_likelihood,
+        "hais_ll_change": found.log_likelihood - before.log_likelihood,
+        "simulated_lower_bound": bounds.lower,
+        "simulated_upper_bound": bounds.upper,
+        "simulated_gap": bounds.gap,
+    }
+    if config["kernel"] == "mala":
+        encoder = _on_device(run.network("encoder"), run.device)
+        chain = amc.teacher_chain(
+            decoder,
+            x,
+            amc.student_samples(encoder, x, config["num_chains"]).detach(),
+            num_steps=config["num_steps"],
+            step_size=config["step_size"],
+            kernel=KERNELS["mala"],
+        )
+        per_image["teacher_acceptance_rate"] = chain.acceptance_rate.mean(0)
+    seconds = {"annealing": found.seconds + before.seconds, "bounds": bounds.seconds}
     return Outcome(per_image, seconds, {})
 
 
@@ -357,5 +444,6 @@ def _impute(run: Run, number: int, kind: str) -> dict:
 RECIPES: dict[str, Recipe] = {
     "amc": Recipe(amc_training, evaluate_decoder),
     "vae": Recipe(vae_training, evaluate_decoder),
+    "teacher": Recipe(teacher_training, evaluate_teacher),
     "imputation": Recipe(None, evaluate_imputation),
 }

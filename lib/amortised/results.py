@@ -138,6 +138,7 @@ def summarise(per_image: Mapping[str, Tensor]) -> dict[str, dict]:
 def _canonical_json(value: object, where: str) -> str:
     """JSON in which equal settings look alike: keys in order, whole numbers without a point."""
     try:
+        _refuse_other_keys(value)
         text = json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         message = (
@@ -145,6 +146,17 @@ def _canonical_json(value: object, where: str) -> str:
         )
         raise type(error)(message) from None
     return json.dumps(json.loads(text, parse_float=_number), sort_keys=True, separators=(",", ":"))
+
+
+def _refuse_other_keys(value: object) -> None:
+    """JSON would turn a key that is no text into one, so that two configurations looked alike."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"the key {key!r} is no text")
+        value = list(value.values())
+    for item in value if isinstance(value, list | tuple) else ():
+        _refuse_other_keys(item)
 
 
 def _number(text: str) -> int | float:
@@ -158,7 +170,7 @@ def config_hash(config: Mapping) -> str:
     The order of the keys does not matter, nor whether a whole number is written ``2`` or ``2.0``.
 
     :param config: nested mappings and lists of finite numbers, strings, booleans and ``None``.
-    :raises TypeError: if ``config`` is no mapping or holds a value of another type.
+    :raises TypeError: if ``config`` is no mapping or holds a key or a value of another type.
     :raises ValueError: for a number that is not finite.
 
     >>> config_hash({"step_size": 2.0, "T": 5}) == config_hash({"T": 5, "step_size": 2})

@@ -144,6 +144,9 @@ def _work(run: Run, spec: Mapping[str, object], training_only: bool) -> None:
         with current, seeded(run.seed, run.device):
             if training is None and recipe.build is not None:
                 training = _train(run, spec, facts)
+            if training is not None and "reason" not in training:  # its result is in other files
+                for path in folder.glob("training-checkpoint.stage*"):
+                    path.unlink()
             if training_only:
                 return
             reason = read_json(run.weights / "training.json").get("reason")
@@ -195,8 +198,6 @@ def _train(run: Run, spec: Mapping[str, object], facts: Mapping[str, object]) ->
         "history": _history(result),
     }
     write_json(folder / "training.json", found)
-    for path in folder.glob("training-checkpoint.stage*"):
-        path.unlink()
     return found
 
 

@@ -106,6 +106,44 @@ class VaeOptions(TrainingOptions):
     objective: Literal["elbo", "iwae", "dreg"]
 
 
+class TeacherOptions(Strict):
+    """Options of :func:`amortised.recipes.teacher_training` and its evaluation."""
+
+    start: Annotated[str, Field(pattern=r"^\w+/\w+-\w+-seed\d+$")]
+    """Weights of ``data/models`` to start from, decoder and encoder."""
+    start_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """Of the two files, one after the other."""
+    method: Literal["vae", "mcmc_vi"]
+    kernel: Literal["none", "langevin", "mala"]
+    num_steps: Annotated[int, Field(ge=0)]
+    step_size: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    training_images: Annotated[int, Field(ge=1, le=60_000)]
+    epochs: PositiveInt
+    batch_size: Annotated[int, Field(ge=1, le=60_000)]
+    learning_rate: Positive
+    images: Annotated[int, Field(ge=2, le=10_000)]
+    """Random test images, the same in every run; the following are settings of the evaluation."""
+    image_seed: Seed
+    num_chains: PositiveInt
+    pilot_chains: PositiveInt
+    num_temperatures: PositiveInt
+    num_leapfrog: PositiveInt
+    persistence: Annotated[float, Field(ge=0, lt=1)]
+    simulated_pairs: Annotated[int, Field(ge=2)]
+
+    @model_validator(mode="after")
+    def _a_chain_is_whole(self) -> Self:
+        has_chain = [self.method == "mcmc_vi", self.kernel != "none", self.num_steps > 0,
+                     self.step_size > 0]  # fmt: skip
+        if len(set(has_chain)) > 1:
+            raise ValueError(
+                f"method = {self.method!r}, kernel = {self.kernel!r}, num_steps = "
+                f"{self.num_steps} and step_size = {self.step_size} do not go together: the chain "
+                "of mcmc_vi needs all three, and vae none"
+            )
+        return self
+
+
 class ImputationOptions(Strict):
     """Options of :func:`amortised.recipes.evaluate_imputation`."""
 
@@ -122,7 +160,12 @@ class ImputationOptions(Strict):
 
 
 #: The options of each recipe of :data:`amortised.recipes.RECIPES`.
-OPTIONS = {"amc": AmcOptions, "vae": VaeOptions, "imputation": ImputationOptions}
+OPTIONS = {
+    "amc": AmcOptions,
+    "vae": VaeOptions,
+    "teacher": TeacherOptions,
+    "imputation": ImputationOptions,
+}
 
 
 # --- the file ------------------------------------------------------------------------------------

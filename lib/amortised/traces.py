@@ -15,8 +15,6 @@ from torch.nn.functional import logsigmoid
 
 from .numerics import check_counts
 
-__all__ = ["Branches", "Parcels", "TraceDistribution", "posterior_ranks", "uniformity"]
-
 
 class Branches(MixtureSameFamily):
     r"""A mixture that is asked for the density of (branch, z), and not of z alone.
