@@ -212,10 +212,10 @@ def draw_walkers(figure, frame):
     left.fill_between(z_grid[:, 0], exact, color=EXACT, alpha=0.35, lw=0)
     for i, (colour, line, label) in enumerate(styles):
         mean, scale = walks[:, i, 0], walks[:, i, 1].exp()
-        q = gaussian(walks[10 * frame, i : i + 1]).exp()
+        q = gaussian(walks[12 * frame, i : i + 1]).exp()
         left.plot(z_grid, q, color=colour, ls=line)
         right.plot(mean, scale, color=colour, ls=line, lw=1, alpha=0.7, label=label)
-        right.plot(mean[10 * frame], scale[10 * frame], "o", color=colour, ms=5)
+        right.plot(mean[12 * frame], scale[12 * frame], "o", color=colour, ms=5)
     left.set(xlim=(-15, 15), ylim=(0, 0.45), xlabel="$z$", ylabel="density")
     right.legend(loc="lower center", fontsize=8)
     right.set(xlim=(-7, 7), ylim=(-1.6, 6), xlabel="mean", ylabel="scale")
@@ -225,7 +225,7 @@ log_q = gaussian(walks[-1])
 ends = torch.stack([kl(log_p, log_q), kl(log_q, log_p)], -1)
 for (forward, reverse), (_, _, label) in zip(ends, styles, strict=True):
     print(f"{label}: KL(p‖q) = {forward:.3f}, KL(q‖p) = {reverse:.3f}")
-plotting.animate(draw_walkers, 25, size=(6.4, 3.0), dpi=110, alt="walks of q")
+plotting.animate(draw_walkers, 21, size=(6.4, 3.0), dpi=110, alt="walks of q")
 
 # %% [markdown]
 # The integrands explain it.
@@ -299,7 +299,7 @@ def optima(divergence, *arguments):
     def loss(phi):
         return divergence(log_five, gaussian(phi), *arguments, spacing=0.1)
 
-    phi = divergences.minimise(loss, start, num_steps=400)[0][-1]
+    phi = divergences.minimise(loss, start, num_steps=320)[0][-1]
     return torch.stack([phi[:, 0], phi[:, 1].exp(), loss(phi)], -1)
 
 
@@ -1341,7 +1341,7 @@ def starting_gaussians(centre):
 # NBVAL_CHECK_OUTPUT
 mus = torch.arange(0, 12.1, 0.5).unsqueeze(-1)
 start = starting_gaussians(mus)
-(phis,) = divergences.minimise(lambda phi: -bound(mus, phi), start, num_steps=200)
+(phis,) = divergences.minimise(lambda phi: -bound(mus, phi), start, num_steps=120)
 best_bound = (weight * bound(mus, phis[-1]).amax(0)).sum(-1)
 evidence = two_sides(lambda s: Normal(s * mus, 101**0.5).log_prob(x_data)) @ weight
 for i in (0, 2, 4, 6, 10, 18):
