@@ -766,19 +766,15 @@ def play(rule, momentum=0.9, wide=True, encoder=None):
     implicit, discriminator = networks_for(rule, wide)
     encoder = encoder or implicit
     optimizers = {"encoder": adam(encoder, momentum)}
-    settings = {
-        "rule": rule,
-        "teacher": small_chain,
-        "num_samples": rule.min_samples,
-    }
+    settings = {"rule": rule, "num_samples": rule.min_samples}
     if discriminator is not None:
         optimizers["discriminator"] = adam(discriminator, momentum)
         settings["discriminator"] = discriminator
     decays = [cosine_decay(one, num_updates) for one in optimizers.values()]
-    told = []
+    step, told = partial(amc.amc_step, teacher=small_chain, **settings), []
     for _ in range(num_updates):
         x, _ = small.sample(num_small * batch)
-        losses = amc.amc_step(x, small, encoder, optimizers, **settings)
+        losses = step(x, small, encoder, optimizers)
         told.append(losses.get("discriminator", torch.tensor(math.nan)))
         for decay in decays:
             decay.step()
