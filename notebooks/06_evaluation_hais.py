@@ -488,8 +488,8 @@ results.markdown_table(columns, rows)
 
 # %%
 def adapting_weights(factor: float, num_chains: int) -> torch.Tensor:
-    generator, temperatures = stream(15), 20
-    z, likelihood = torch.randn(num_chains, 1, generator=generator), Normal(2.0, 0.3)
+    rng, temperatures, likelihood = stream(15), 20, Normal(2.0, 0.3)
+    z = torch.randn(num_chains, 1, generator=rng)
     step_size, log_weights = torch.full_like(z, 0.5), torch.zeros(num_chains)
     for t in range(1, temperatures + 1):
         log_weights += likelihood.log_prob(z[:, 0]) / temperatures
@@ -497,7 +497,7 @@ def adapting_weights(factor: float, num_chains: int) -> torch.Tensor:
         def annealed(z, b=t / temperatures):
             return -0.5 * z[:, 0].square() + b * likelihood.log_prob(z[:, 0])
 
-        state, info = hmc_step(z, annealed, step_size, 1, generator=generator)
+        state, info = hmc_step(z, annealed, step_size, 1, generator=rng)
         z, better = state.z, info.acceptance_probability[:, None] > 0.65
         step_size = step_size * torch.where(better, factor, 1.0 / factor)
     return log_weights
@@ -681,7 +681,7 @@ def log_weights_from(model, r, x, num_draws=512):
 
 
 def fit_both(model, x):
-    """Log-weights of per-image Gaussians, diagonal and full, and the covariances."""
+    """Log-weights of per-image Gaussians of both kinds, and the covariances."""
     found = {}
     for name in ("mean field", "full covariance"):
         diagonal = name == "mean field"
@@ -731,7 +731,8 @@ for ax, (name, covariance) in zip(axes, covariances.items(), strict=False):
     image = ax.imshow(correlation, cmap="Blues", vmin=0, vmax=0.4)
     ax.set_title(name, fontsize="medium")
     ax.set(xticks=[], yticks=[], xlabel="latent")
-    axes[2].plot(implied_gap(covariance), shortfall[name], "o", markersize=4, label=name)
+    implied, measured = implied_gap(covariance), shortfall[name]
+    axes[2].plot(implied, measured, "o", markersize=4, label=name)
 figure.colorbar(image, ax=list(axes[:2]), shrink=0.8, label="|correlation|")
 low, high = axes[2].get_xlim()
 axes[2].plot([low, high], [low, high], "--", color=plotting.GREY)
