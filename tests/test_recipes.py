@@ -283,7 +283,7 @@ def test_a_student_is_held_to_its_teacher_and_the_decoder_annealed(made, kind):
     if config["method"] != "short_run":  # once will do
         return
     decoder = evaluation.load_module(folder / "decoder.safetensors")
-    x, seed = recipes._random_images(config), DISTILLED[kind].seed
+    x, seed = recipes._held_out_images(config), DISTILLED[kind].seed
     proposal = evaluation.fit_full_covariance(decoder, x, seed=seed)
     samples = {"num_samples": config["num_samples"], "seed": seed}
     estimate = evaluation.importance_sampling_ll(decoder, proposal, x, **samples)
@@ -311,11 +311,11 @@ def test_the_divergence_is_warmed_up_over_the_first_updates(monkeypatch):
 
 def test_validation_images_are_none_that_a_row_is_trained_on():
     config = {"held_out": "validation", "images": 1000, "image_seed": 3}
-    images = recipes._random_images(config)
+    images = recipes._held_out_images(config)
     grey = data.load_mnist("train").images[59_000:]
     assert ((images.sum(0) > 0) <= (grey.sum(0) > 0)).all()
     assert images.mean().sub(grey.mean()).abs() < 0.01
-    assert torch.equal(images, recipes._random_images(config))
+    assert torch.equal(images, recipes._held_out_images(config))
 
 
 def test_a_chain_has_the_kernel_and_the_steps_of_its_options(monkeypatch):

@@ -327,7 +327,7 @@ def evaluate_distillation(run: Run) -> Outcome:
     """
     config, work, seed = run.config, run.work, run.seed
     decoder = _on_device(run.network("decoder"), run.device)
-    x = _random_images(config).to(run.device)
+    x = _held_out_images(config).to(run.device)
     per_image, seconds = {}, {}
     if config["hais_images"]:
         annealing, few = _annealing(config, seed), x[: config["hais_images"]]
@@ -367,15 +367,14 @@ def evaluate_distillation(run: Run) -> Outcome:
     return Outcome(per_image, seconds, {})
 
 
-def _random_images(config: Mapping[str, object]) -> Tensor:
+def _held_out_images(config: Mapping[str, object]) -> Tensor:
     """Random binary images of the test set, or of the training images that are held back."""
-    chosen = torch.Generator().manual_seed(config["image_seed"])
+    drawn = data.drawn_images(10_000, config["image_seed"])
     if config["held_out"] == "test":
-        images = data.load_mnist_binary("test").images
-    else:
-        grey = data.load_mnist("train", dtype=torch.uint8).images[-VALIDATION_IMAGES:]
-        images = data.binarise(grey, generator=chosen)
-    return images[torch.randperm(len(images), generator=chosen)[: config["images"]]]
+        return data.load_mnist_binary("test").images[drawn[: config["images"]]]
+    grey = data.load_mnist("train", dtype=torch.uint8).images[-VALIDATION_IMAGES:]
+    generator = torch.Generator().manual_seed(config["image_seed"])
+    return data.binarise(grey, generator=generator)[drawn[drawn < len(grey)][: config["images"]]]
 
 
 def _diagnose(run: Run, decoder: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -174,6 +174,10 @@ class DistillationOptions(_MethodOptions):
                 raise ValueError(
                     f"{name} = {getattr(self, name)} is more than images = {self.images}"
                 )
+        if self.held_out == "validation" and self.images > VALIDATION_IMAGES:
+            raise ValueError(
+                f"images = {self.images} is more than the {VALIDATION_IMAGES} validation images"
+            )
         held_back = 60_000 - VALIDATION_IMAGES
         if self.held_out == "validation" and self.training_images > held_back:
             raise ValueError(
