@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from .encoders import bounded_log_scale
 from .models import AncestralGaussian, LatentVariableModel, conditional_normal
-from .numerics import check_counts
+from .numerics import argument_validation, check_counts
 from .objectives import check_proposal
 
 #: What an encoder can read of a state; see :meth:`InferenceState.read`.
@@ -402,6 +402,7 @@ def gradient_ascent(make_optimizer: Callable[[list[Tensor]], Optimizer]) -> Step
 
 
 @torch.no_grad()
+@argument_validation(False)  # of laws, so that a step too far is named by the check below
 def refine(
     model: LatentVariableModel,
     step: Step,
