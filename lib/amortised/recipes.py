@@ -636,7 +636,8 @@ def _posthoc_encoder(run: Run, model: nn.Module, method: str) -> nn.Module:
     config = run.config
     count, draw = training_examples(config, run.device)
     with seeded(run.seed, run.device):
-        architecture = iterative_architectures(config, method)["encoder"]
+        reads = config | {"inputs": config["posthoc_inputs"]}
+        architecture = iterative_architectures(reads, method)["encoder"]
         encoder = evaluation.build_module(architecture).to(run.device)
         optimizer, settings = _adam(encoder, config["learning_rate"]), _iterations(config, method)
 

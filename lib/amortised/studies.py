@@ -193,6 +193,8 @@ class IterativeOptions(Strict):
     svi_images: Annotated[int, Field(ge=2)]
     svi_steps: Annotated[int, Field(ge=0)]
     posthoc_epochs: Annotated[int, Field(ge=0)]
+    """Training of a standard and of an iterative encoder on the finished model."""
+    posthoc_inputs: Annotated[list[Literal[INPUTS]], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
