@@ -1,28 +1,17 @@
 """Iterative inference: closed forms of linear models, and the bookkeeping of training."""
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
 from torch import nn
 from torch.distributions import Independent, Normal
 
-from amortised import evaluation, iterative
+from amortised import data, evaluation, recipes, runs
+from amortised import iterative as it
 from amortised.encoders import GaussianEncoder, bounded_log_scale
-from amortised.iterative import (
-    InferenceState,
-    IterativeEncoder,
-    LadderEncoder,
-    gaussian,
-    gradient_ascent,
-    iterative_step,
-    level_elbo,
-    look,
-    posterior,
-    refine,
-    start_at_prior,
-)
+from amortised.files import load_tree
 from amortised.models import (
     AncestralGaussian,
     BagOfWords,
@@ -32,6 +21,7 @@ from amortised.models import (
     conditional_normal,
 )
 from amortised.numerics import CallCounter
+from amortised.studies import load_studies
 
 DOUBLE = torch.float64
 
@@ -59,7 +49,7 @@ def small(observation="binary", dims=(3,), size=6, **options):
     """A small model, an encoder for it and observations, all in double precision."""
     torch.manual_seed(1)
     model = DeepLatentGaussian(dims, size, observation, num_hidden=7, num_layers=1).double()
-    encoder = IterativeEncoder(sum(dims), size, num_hidden=8, num_layers=2, **options).double()
+    encoder = it.IterativeEncoder(sum(dims), size, num_hidden=8, num_layers=2, **options).double()
     x = torch.rand(5, size, dtype=DOUBLE)
     return model, encoder, x.round() if observation == "binary" else (9 * x).floor()
 
@@ -83,8 +73,8 @@ def plain(network):
 def test_gradient_is_the_affine_map_of_x_of_the_same_draws(linear):
     """A x + b with A = W'/s2 and b = -(W'(W z + bias)/s2 + z), means over the draws."""
     model, x, _ = linear
-    state = start_at_prior(model, x)._replace(parameters=0.3 * torch.randn(4, 6, dtype=DOUBLE))
-    state = look(model, state, num_samples=7)
+    state = it.start_at_prior(model, x)._replace(parameters=0.3 * torch.randn(4, 6, dtype=DOUBLE))
+    state = it.look(model, state, num_samples=7)
     z, mean, log_scale = state.terms.z, *state.parameters.chunk(2, -1)
     matrix = model.weight.T / 0.49
     pathwise = -(matrix @ (model.weight @ z.mT + model.bias[:, None])).mT  # [7, 4, 3]
@@ -96,23 +86,6 @@ def test_gradient_is_the_affine_map_of_x_of_the_same_draws(linear):
     assert torch.allclose(state.gradient[:, 3:], below + 1 - (2 * log_scale).exp(), atol=1e-5)
 
 
-def test_gradient_is_that_of_each_example_alone():
-    model, _, x = small()
-    state = look(model, start_at_prior(model, x), 2000)
-    torch.manual_seed(5)
-    together = look(model, state, 2000).gradient
-    half = look(model, start_at_prior(model, x[:1]), 200_000).gradient
-    assert torch.allclose(together[0], half[0], atol=0.1)  # and no factor 1/5
-
-
-def test_entropy_enters_the_variance_with_a_plus(linear):
-    """At a mean that is right and a tiny scale only the entropy is left: d/d log sigma = 1."""
-    model, x, _ = linear
-    parameters = torch.cat([model.posterior(x).mean, torch.full((4, 3), -9.0, dtype=DOUBLE)], -1)
-    gradient = look(model, InferenceState(x, parameters), 500).gradient[:, 3:]
-    assert torch.allclose(gradient, torch.ones_like(gradient), atol=0.01)
-
-
 def test_two_levels_push_up_and_pull_down():
     """For z1: J'(x - mu_x)/s2 - (z1 - mu_p)/s_p^2; for z2: J'(z1 - mu_p)/s_p^2 - z2."""
     torch.manual_seed(2)
@@ -120,7 +93,7 @@ def test_two_levels_push_up_and_pull_down():
     x = torch.randn(4, 6, dtype=DOUBLE)
     mean = torch.randn(4, 5, dtype=DOUBLE)
     scale = torch.tensor([0.3, 0.5, 0.4, 0.6, 0.2], dtype=DOUBLE).log().expand(4, 5)
-    state = look(model, InferenceState(x, torch.cat([mean, scale], -1)), 1)
+    state = it.look(model, it.InferenceState(x, torch.cat([mean, scale], -1)), 1)
     z1, z2 = (v.requires_grad_() for v in state.terms.z[0].detach().split([3, 2], -1))
     likelihood = model.likelihood(torch.cat([z1, z2.detach()], -1))
     prior = conditional_normal(model.prior(), torch.cat([z1, z2], -1))
@@ -147,22 +120,22 @@ def newton_step(state, precision):
 def test_newton_step_reaches_the_best_mean_field_in_one_step(linear):
     model, x, precision = linear
     start = torch.cat([3 * torch.randn(4, 3), torch.full((4, 3), -20.0)], -1).double()
-    trace = refine(model, partial(newton_step, precision=precision), x, 1, start=start)
+    trace = it.refine(model, partial(newton_step, precision=precision), x, 1, start=start)
     assert torch.allclose(trace.parameters[1, :, :3], model.posterior(x).mean, atol=1e-6)
     gap = 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision))
     reached = exact_elbo(model, x, trace.parameters[1], precision)
     assert torch.allclose(model.log_evidence(x) - reached, gap.expand(4), atol=1e-6) and gap > 0.1
-    drawn, _ = level_elbo(model, gaussian(trace.parameters[1]), x, 200_000)
+    drawn, _ = it.level_elbo(model, it.gaussian(trace.parameters[1]), x, 200_000)
     assert torch.allclose(drawn, reached, atol=0.05)
 
 
 def test_gradient_ascent_finds_the_optimum_for_each_example(linear):
     model, x, _ = linear
     for optimizer in (partial(torch.optim.SGD, lr=0.02), partial(torch.optim.Adam, lr=0.05)):
-        step = gradient_ascent(optimizer)
-        trace = refine(model, step, x, 150, num_samples=64)
+        step = it.gradient_ascent(optimizer)
+        trace = it.refine(model, step, x, 150, num_samples=64)
         assert torch.allclose(trace.parameters[-1, :, :3], model.posterior(x).mean, atol=0.15)
-        again = refine(model, step, x[1:2], 150, num_samples=64)  # its state begins anew
+        again = it.refine(model, step, x[1:2], 150, num_samples=64)  # its state begins anew
         assert torch.allclose(again.parameters[-1], trace.parameters[-1, 1:2], atol=0.25)
 
 
@@ -180,12 +153,12 @@ def test_levels_of_a_linear_hierarchy_have_their_exact_bound():
 
     model, x = Chain((1, 1), 1).double(), torch.tensor([[0.7]], dtype=DOUBLE)
     m1, m2, s1, s2 = 0.4, -0.3, 0.6, 0.8
-    q = gaussian(torch.tensor([[m1, m2, math.log(s1), math.log(s2)]], dtype=DOUBLE))
+    q = it.gaussian(torch.tensor([[m1, m2, math.log(s1), math.log(s2)]], dtype=DOUBLE))
     fit = -0.5 * math.log(2 * math.pi) - 0.5 * ((0.7 - m1) ** 2 + s1**2)
     lower = math.log(0.5 / s1) + (s1**2 + (m1 - 2 * m2) ** 2 + 4 * s2**2) / 0.5 - 0.5
     upper = -math.log(s2) + 0.5 * (s2**2 + m2**2 - 1)
     torch.manual_seed(0)
-    elbo, divergences = level_elbo(model, q, x, 100_000)
+    elbo, divergences = it.level_elbo(model, q, x, 100_000)
     assert elbo.item() == pytest.approx(fit - lower - upper, abs=0.03)
     assert divergences[0, 0].item() == pytest.approx(lower, abs=0.03)
     assert divergences[0, 1].item() == pytest.approx(upper, abs=1e-9)
@@ -212,7 +185,7 @@ def test_ancestral_law_samples_what_its_density_says():
 def test_ladder_weighs_its_estimate_against_the_prior_by_precision():
     torch.manual_seed(4)
     model, x = DeepLatentGaussian((2, 1), 6, num_hidden=5).double(), torch.rand(3, 6).double()
-    encoder = LadderEncoder((2, 1), 6, num_hidden=5).double()
+    encoder = it.LadderEncoder((2, 1), 6, num_hidden=5).double()
     q, z = encoder(x, model), torch.randn(3, 3, dtype=DOUBLE)
     h = encoder.trunks[0](x - 0.5)
     mean, raw = encoder.heads[0](h).chunk(2, -1)
@@ -228,43 +201,36 @@ def test_ladder_weighs_its_estimate_against_the_prior_by_precision():
 # --- encoders ------------------------------------------------------------------------------------
 
 
-def test_gate_one_keeps_and_gate_zero_replaces():
+def test_gate_one_leaves_the_parameters_unchanged():
     _, encoder, x = small()
-    state = InferenceState(x, torch.randn(5, 6, dtype=DOUBLE), gradient=torch.randn(5, 6).double())
-    for bias, expected in ((500.0, state.parameters), (-500.0, None)):
-        nn.init.zeros_(encoder.gate.weight)
-        nn.init.constant_(encoder.gate.bias, bias)
-        if expected is None:
-            mean, raw = encoder.head(
-                encoder.trunk(torch.cat([state.read(n) for n in encoder.inputs], -1))
-            ).chunk(2, -1)
-            expected = torch.cat([mean, bounded_log_scale(raw)], -1)
-        assert torch.equal(encoder(state), expected)
+    state = it.InferenceState(x, torch.randn(5, 6).double(), gradient=torch.randn(5, 6).double())
+    nn.init.constant_(encoder.gate.bias, 1e4)
+    assert torch.equal(encoder(state), state.parameters)
 
 
 def test_without_gate_and_with_x_alone_it_is_the_standard_encoder_bit_for_bit():
     model, encoder, x = small(inputs=("x",), gated=False)
     standard = GaussianEncoder(3, trunk=nn.Identity(), num_features=8).double()
     standard.trunk, standard.head = encoder.trunk, encoder.head
-    q, reference = posterior(model, encoder, x, 1), standard(x - 0.5)
+    q, reference = it.posterior(model, encoder, x, 1), standard(x - 0.5)
     assert torch.equal(q.mean, reference.mean) and torch.equal(q.stddev, reference.stddev)
     torch.manual_seed(6)
-    ours = level_elbo(model, q, x, 3)[0]
+    ours = it.level_elbo(model, q, x, 3)[0]
     torch.manual_seed(6)
-    assert torch.equal(ours, level_elbo(model, reference, x, 3)[0])
+    assert torch.equal(ours, it.level_elbo(model, reference, x, 3)[0])
     torch.manual_seed(7)
-    iterative_step(x, model, encoder, [plain(model), plain(encoder)], num_iterations=1)
+    it.iterative_step(x, model, encoder, [plain(model), plain(encoder)], num_iterations=1)
     found = grads(encoder)
     clear(encoder, model)
     torch.manual_seed(7)
-    (-level_elbo(model, standard(x - 0.5), x, 1)[0].mean()).backward()
+    (-it.level_elbo(model, standard(x - 0.5), x, 1)[0].mean()).backward()
     assert all(torch.allclose(a, b, atol=1e-15) for a, b in zip(found, grads(encoder), strict=True))
 
 
-@pytest.mark.parametrize("name", iterative.INPUTS)
+@pytest.mark.parametrize("name", it.INPUTS)
 def test_each_input_is_read_as_documented(name):
     model, _, x = small()
-    state = look(model, start_at_prior(model, x), 4)
+    state = it.look(model, it.start_at_prior(model, x), 4)
     mean = torch.sigmoid(model.decoder(state.terms.z)).mean(0)
     g = state.gradient
     expected = {
@@ -275,13 +241,15 @@ def test_each_input_is_read_as_documented(name):
         "estimates": torch.zeros(5, 6, dtype=DOUBLE),
     }[name]
     assert torch.allclose(state.read(name), expected, atol=1e-12)
-    assert IterativeEncoder(3, 6, [name], num_hidden=4).trunk.skip.in_features == expected.shape[1]
+    assert (
+        it.IterativeEncoder(3, 6, [name], num_hidden=4).trunk.skip.in_features == expected.shape[1]
+    )
 
 
 @pytest.mark.parametrize("inputs", [(), ("x", "x"), ("pixels",)])
 def test_inputs_that_do_not_exist_are_refused(inputs):
     with pytest.raises(ValueError, match="inputs must be some of x, gradient"):
-        IterativeEncoder(3, 6, inputs)
+        it.IterativeEncoder(3, 6, inputs)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -292,7 +260,7 @@ def test_t_iterations_decode_t_plus_one_times(options, passes, monkeypatch):
     model, encoder, x = small(**options)
     counter = CallCounter(model.likelihood)
     monkeypatch.setattr(model, "likelihood", counter)
-    iterative_step(x, model, encoder, [plain(model), plain(encoder)], num_iterations=4)
+    it.iterative_step(x, model, encoder, [plain(model), plain(encoder)], num_iterations=4)
     assert counter.calls == passes
 
 
@@ -300,20 +268,20 @@ def test_t_iterations_decode_t_plus_one_times(options, passes, monkeypatch):
 def test_encoder_gradient_is_the_mean_and_decoder_gradient_the_last(dims):
     model, encoder, x = small(dims=dims, inputs=("x", "log_gradient", "errors", "estimates"))
     torch.manual_seed(8)
-    losses = iterative_step(x, model, encoder, [plain(model), plain(encoder)], num_iterations=3)
+    losses = it.iterative_step(x, model, encoder, [plain(model), plain(encoder)], num_iterations=3)
     of_encoder, of_model = grads(encoder), grads(model)
     torch.manual_seed(8)
-    state, separate = look(model, start_at_prior(model, x)), []
+    state, separate = it.look(model, it.start_at_prior(model, x)), []
     for _ in range(3):  # each iteration by itself: draw, differentiate, cut
         parameters = encoder(state)
         stream = torch.random.get_rng_state()
         clear(encoder, model)
-        elbo = level_elbo(model, gaussian(parameters), x, 1)[0]
+        elbo = it.level_elbo(model, it.gaussian(parameters), x, 1)[0]
         (-elbo.mean()).backward()
         separate.append(grads(encoder))
         last = grads(model)
         torch.random.set_rng_state(stream)
-        state = look(model, state._replace(parameters=parameters))
+        state = it.look(model, state._replace(parameters=parameters))
     for found, three in zip(of_encoder, zip(*separate, strict=True), strict=True):
         assert torch.allclose(found, sum(three) / 3, atol=1e-12)
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(of_model, last, strict=True))
@@ -326,11 +294,13 @@ def test_encoder_alone_learns_where_the_model_is_not_to():
     torch.manual_seed(0)
     optimizer = torch.optim.Adam(encoder.parameters(), 0.01)
     losses = [
-        iterative_step(x, model, encoder, [optimizer], num_iterations=2, num_samples=8)["loss"]
+        it.iterative_step(x, model, encoder, [optimizer], num_iterations=2, num_samples=8)["loss"]
         for _ in range(150)
     ]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    best = refine(model, gradient_ascent(partial(torch.optim.Adam, lr=0.05)), x, 300, num_samples=8)
+    best = it.refine(
+        model, it.gradient_ascent(partial(torch.optim.Adam, lr=0.05)), x, 300, num_samples=8
+    )
     reached, optimum = -torch.stack(losses[-20:]).mean(), best.elbo[-20:].mean()
     assert optimum - 0.15 < reached < optimum + 0.05
 
@@ -344,18 +314,18 @@ def test_every_kind_learns_every_kind_of_observation(kind, observation):
         options |= {"inputs": ("x",), "gated": False}
     model, encoder, x = small(observation, dims, **options)
     if kind == "ladder":
-        encoder = LadderEncoder(dims, 6, counts, num_hidden=8).double()
+        encoder = it.LadderEncoder(dims, 6, counts, num_hidden=8).double()
     optimizers = [torch.optim.Adam(n.parameters(), 0.01) for n in (model, encoder)]
     torch.manual_seed(0)
     losses = [
-        iterative_step(x, model, encoder, optimizers, num_iterations=2)["loss"].item()
+        it.iterative_step(x, model, encoder, optimizers, num_iterations=2)["loss"].item()
         for _ in range(60)
     ]
     assert sum(losses[-10:]) < sum(losses[:10]) - 1.0
-    q = posterior(model, encoder, x, 2)
-    elbo = level_elbo(model, q, x, 500)[0].mean()
+    q = it.posterior(model, encoder, x, 2)
+    elbo = it.level_elbo(model, q, x, 500)[0].mean()
     bound = evaluation.importance_sampling_ll(
-        model, lambda x: posterior(model, encoder, x, 2), x, num_samples=500
+        model, lambda x: it.posterior(model, encoder, x, 2), x, num_samples=500
     ).log_likelihood.mean()
     assert elbo < bound + 0.1
 
@@ -373,25 +343,25 @@ def test_bag_of_words_is_the_law_of_the_words_in_order():
 def test_refinement_returns_its_start_and_tightens_the_bound_but_not_the_evidence(linear):
     model, x, precision = linear
     encoder_start = torch.zeros(4, 6, dtype=DOUBLE)
-    step = gradient_ascent(partial(torch.optim.SGD, lr=0.02))
+    step = it.gradient_ascent(partial(torch.optim.SGD, lr=0.02))
     torch.manual_seed(0)
-    trace = refine(model, step, x, 40, start=encoder_start, num_samples=50)
+    trace = it.refine(model, step, x, 40, start=encoder_start, num_samples=50)
     assert trace.elbo.shape == (41, 4) and torch.equal(trace.parameters[0], encoder_start)
     bounds = [exact_elbo(model, x, trace.parameters[t], precision) for t in (0, 40)]
     assert (bounds[1] > bounds[0] + 0.5).all()
     for t in (0, 40):
-        q = gaussian(trace.parameters[t])
+        q = it.gaussian(trace.parameters[t])
         ll = evaluation.importance_sampling_ll(model, lambda x, q=q: q, x, num_samples=10_000)
         assert torch.allclose(ll.log_likelihood, model.log_evidence(x), atol=0.15)
 
 
 def test_bad_starts_and_divergence_are_named(linear):
     model, x, _ = linear
-    keep = gradient_ascent(partial(torch.optim.SGD, lr=1e9))
+    keep = it.gradient_ascent(partial(torch.optim.SGD, lr=1e9))
     with pytest.raises(ValueError, match=r"start must be \(mean, log scale\), \(4, 6\)"):
-        refine(model, keep, x, 1, start=torch.zeros(4, 3, dtype=DOUBLE))
+        it.refine(model, keep, x, 1, start=torch.zeros(4, 3, dtype=DOUBLE))
     with pytest.raises(FloatingPointError, match="not finite at iteration"):
-        refine(model, keep, x, 5)
+        it.refine(model, keep, x, 5)
     with pytest.raises(ValueError, match="observation must be binary, real or counts"):
         DeepLatentGaussian([2], 3, "grey")
     with pytest.raises(ValueError, match=r"latent_dims\[1\] must be an integer"):
@@ -400,9 +370,67 @@ def test_bad_starts_and_divergence_are_named(linear):
 
 def test_prior_is_the_start_and_plain_decoders_can_be_refined():
     model = BernoulliDecoder(nn.Linear(2, 4), 2, 4)
-    assert not start_at_prior(model, torch.zeros(3, 4)).parameters.any()
+    assert not it.start_at_prior(model, torch.zeros(3, 4)).parameters.any()
     deep = DeepLatentGaussian((2, 1), 4, num_hidden=3)
-    state = start_at_prior(deep, torch.zeros(3, 4))
+    state = it.start_at_prior(deep, torch.zeros(3, 4))
     prior = conditional_normal(deep.prior(), torch.zeros(1, 3))
     assert torch.allclose(state.parameters[:, :3], prior.mean.expand(3, 3))
     assert torch.allclose(state.parameters[:, 3:], prior.stddev.log().expand(3, 3))
+
+
+# --- the studies ---------------------------------------------------------------------------------
+
+TINY = {"training_images": 40, "epochs": 1, "batch_size": 10, "images": 4, "num_samples": 5}
+TINY |= {"svi_images": 3, "svi_steps": 2, "num_hidden": 5, "posthoc_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def data_sets():
+    """Little data sets in place of those that may not be handed on."""
+    levels = torch.randint(256, (60, 3072), generator=torch.Generator().manual_seed(0))
+    words = torch.poisson(torch.ones(60, 1995), torch.Generator().manual_seed(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_cifar10", lambda split: levels.to(torch.uint8))
+        patch.setattr(data, "load_newsgroups", lambda split: words)
+        patch.setattr(data, "load_rcv1", lambda split: words.repeat(1, 6)[:, :10_000].to_sparse())
+        patch.setattr(data, "load_mnist", cache(data.load_mnist))
+        patch.setattr(data, "load_mnist_binary", cache(data.load_mnist_binary))
+        yield
+
+
+def rows():
+    """One run for each combination of data, method, levels and inputs."""
+    found = {}
+    for study in load_studies().values():
+        for e in study:
+            if e.recipe == "iterative":
+                names = ("dataset", "method", "inputs")
+                key = *map(str, map(e.config.get, names)), len(e.config["latent_dims"])
+                found.setdefault(key, e)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("experiment", rows(), ids=lambda e: e.name)
+@pytest.mark.usefixtures("data_sets")
+def test_a_row_is_trained_and_evaluated(experiment, tmp_path):
+    config = experiment.config | TINY
+    folder = tmp_path / "runs/s/r"
+    spec = experiment._asdict() | {"config": config, "builds_on": None, "config_hash": ""}
+    del spec["needs"]
+    runs.write_json(folder / "run.json", spec)
+    record = runs.execute(folder)
+    assert record["status"] == "done" and record["details"]["steps"] == 4
+    values = load_tree(folder / "per_image.stage")
+    assert all(value.isfinite().all() for value in values.values())
+    assert values["elbo"].mean() < values["is_ll"].mean() + 1 and values["svi_gain"].shape == (3,)
+    model = evaluation.load_module(folder / "decoder.safetensors")
+    size = recipes.OBSERVATIONS[config["dataset"]][1]
+    assert model.observation_dim == size and model.latent_dims == tuple(config["latent_dims"])
+    if config["dataset"] == "cifar10":
+        nats = 3072 * (math.log(256) - values["bits_per_dim"] * math.log(2))
+        assert torch.allclose(nats, values["is_ll"], rtol=1e-4)
+    if config["dataset"] in ("20news", "rcv1"):
+        words = recipes.held_out_examples(config).sum(-1)
+        assert torch.allclose(values["nats_per_word"] * words, -values["is_ll"], rtol=1e-4)
+    for level in range(1, len(config["latent_dims"]) + 1):
+        assert (values[f"kl_level_{level}"] > 0).all()
