@@ -208,8 +208,8 @@ def look(
     parameters = state.parameters.detach().requires_grad_()
     with torch.enable_grad():
         terms = _terms(model, gaussian(parameters), state.x, num_samples)
-        wanted = [parameters, *(model.parameters() if learn else ())]
-        terms.elbo.sum().neg().div(len(state.x)).backward(inputs=wanted)
+        learners = [p for p in model.parameters() if learn and p.requires_grad]
+        terms.elbo.sum().neg().div(len(state.x)).backward(inputs=[parameters, *learners])
     found = {"elbo": terms.elbo.detach(), "gradient": -len(state.x) * parameters.grad}
     return state._replace(parameters=parameters.detach(), terms=terms, **found)
 
