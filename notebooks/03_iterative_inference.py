@@ -39,7 +39,7 @@ num_updates: int = 300  # updates of each encoder that is trained on the page
 num_steps: int = 300  # steps of the hand-made optimisers
 num_grid: int = 81  # points on each side of the surface of the bound
 num_importance: int = 1000  # samples behind log p(x)
-retrain: bool = False  # train the models here (some minutes) instead of loading them
+retrain: bool = False  # train the models here, in some minutes; else load them
 
 # %%
 from amortised import checks
@@ -60,12 +60,19 @@ from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
+from IPython.display import display
+from torch import nn
 from torch.optim import SGD, Adam, RMSprop
 
 from amortised import data, evaluation, plotting, recipes, results, studies, tables
-from amortised.iterative import InferenceState, IterativeEncoder, gaussian
-from amortised.iterative import gradient_ascent, iterative_step, level_elbo, look, refine
-from amortised.iterative import posterior, start_at_prior
+from amortised import iterative as inference
+from amortised.iterative import (
+    InferenceState,
+    IterativeEncoder,
+    gaussian,
+    look,
+    refine,
+)
 from amortised.models import DeepLatentGaussian, LinearGaussian, conditional_normal
 from amortised.results import markdown_table, mean_and_se, paired_difference
 from amortised.training import fit, half_cosine
@@ -99,7 +106,7 @@ torch.manual_seed(seed)
 # %%
 def infer(model, step, x, num_steps):
     """Repeat a step from the prior; the bound of each example after every one."""
-    state, bounds = start_at_prior(model, x), []
+    state, bounds = inference.start_at_prior(model, x), []
     for t in range(num_steps + 1):
         state = look(model, state)  # decode: the bound and its gradient
         bounds.append(state.elbo)
@@ -111,7 +118,7 @@ mixed = torch.randn(6, 2) @ torch.tensor([[1.0, 0.8], [0.0, 0.6]])  # alike colu
 toy = LinearGaussian(mixed, torch.zeros(6), noise_scale=0.5)
 toy.requires_grad_(False)
 x_toy, _ = toy.sample(500)
-ascent = gradient_ascent(partial(SGD, lr=0.02))
+ascent = inference.gradient_ascent(partial(SGD, lr=0.02))
 
 # %% [markdown]
 # The step of an encoder, too, is a function from a state (observation, parameters, gradient) to parameters.
@@ -136,12 +143,14 @@ calls = []
 likelihood = small.likelihood
 small.likelihood = lambda z: calls.append(1) or likelihood(z)
 for name, inputs in {"iterative": ("x", "gradient"), "standard": ("x",)}.items():
-    encoder = IterativeEncoder(2, 6, inputs, gated=name == "iterative", num_hidden=8)
+    gated = name == "iterative"
+    encoder = IterativeEncoder(2, 6, inputs, gated=gated, num_hidden=8)
     optimizers = [Adam(small.parameters()), Adam(encoder.parameters())]
     for num_iterations in (1, 5):
         calls.clear()
-        iterative_step(x_toy, small, encoder, optimizers, num_iterations=num_iterations)
-        print(f"{name}, T = {num_iterations}: {len(calls)} passes through the decoder")
+        settings = {"num_iterations": num_iterations}
+        inference.iterative_step(x_toy, small, encoder, optimizers, **settings)
+        print(f"{name}, T = {num_iterations}: {len(calls)} passes of the decoder")
 
 # %% [markdown]
 # A standard encoder asks for no look at the decoder before it answers, hence one pass fewer.
@@ -169,7 +178,7 @@ for name, inputs in {"iterative": ("x", "gradient"), "standard": ("x",)}.items()
 # %%
 # NBVAL_CHECK_OUTPUT
 torch.manual_seed(seed)
-net = torch.nn.Sequential(torch.nn.Linear(2, 20), torch.nn.Tanh(), torch.nn.Linear(20, 6))
+net = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 6))
 x, mu, noise, s_x = torch.randn(50, 6), torch.randn(50, 2), torch.randn(50, 2), 0.5
 log_scale = torch.full((50, 2), -0.7).requires_grad_()
 mu.requires_grad_()
@@ -192,12 +201,19 @@ forms = {
     "mean: A x + b": (Ax + b / s_x**2 - z, exact[0]),
     "mean: b without 1 / variance of x": (Ax + b - z, exact[0]),
     "mean: variances as one ratio": ((Ax * s_x**2 + b) * s_x**2 - z, exact[0]),
-    "variance: entropy with a plus": (pull * noise / (2 * scale) + half, in_variance),
-    "variance: entropy with a minus": (pull * noise / (2 * scale) - half, in_variance),
+    "variance: entropy with a plus": (
+        pull * noise / (2 * scale) + half,
+        in_variance,
+    ),
+    "variance: entropy with a minus": (
+        pull * noise / (2 * scale) - half,
+        in_variance,
+    ),
 }
 for name, (form, truth) in forms.items():
     error = ((form - truth).abs().max() / truth.abs().max()).item()
-    print(f"{name:36} largest error {'below 1e-5' if error < 1e-5 else f'{error:.2f}'}")
+    shown = "below 1e-5" if error < 1e-5 else f"{error:.2f}"
+    print(f"{name:36} largest error {shown}")
 
 # %% [markdown]
 # Errors are shares of the largest entry of the gradient. The corrected forms agree with automatic differentiation to rounding, and the three slips are no small matter.
@@ -215,21 +231,24 @@ for name, (form, truth) in forms.items():
 # %%
 # NBVAL_CHECK_OUTPUT
 M = toy.weight.T @ toy.weight / 0.25 + torch.eye(2)
-best = toy.posterior(x_toy).mean
+optimum = toy.posterior(x_toy).mean
 at_prior = x_toy @ toy.weight / 0.25  # the gradient at mu = 0
 for name, read in {"x": x_toy, "gradient": at_prior}.items():
-    solution = torch.linalg.lstsq(read, best).solution
-    print(f"from {name}: largest error {(read @ solution - best).abs().max():.5f}")
+    solution = torch.linalg.lstsq(read, optimum).solution
+    error = (read @ solution - optimum).abs().max()
+    print(f"from {name}: largest error below 1e-5: {bool(error < 1e-5)}")
 
 
 def newton(state):
-    mean = state.parameters[:, :2] + torch.linalg.solve(M, state.gradient[:, :2].T).T
+    step = torch.linalg.solve(M, state.gradient[:, :2].T).T
+    mean = state.parameters[:, :2] + step
     return torch.cat([mean, (-0.5 * M.diagonal().log()).expand_as(mean)], -1)
 
 
-narrow = torch.cat([3 * torch.randn(500, 2), torch.full((500, 2), -15.0)], -1)  # no noise
+noiseless = torch.full((500, 2), -15.0)
+narrow = torch.cat([3 * torch.randn(500, 2), noiseless], -1)
 trace = refine(toy, newton, x_toy, 1, start=narrow)
-elbo, _ = level_elbo(toy, gaussian(trace.parameters[1]), x_toy, 4000)
+elbo, _ = inference.level_elbo(toy, gaussian(trace.parameters[1]), x_toy, 4000)
 gap = 0.5 * (M.diagonal().log().sum() - torch.logdet(M))
 left = (toy.log_evidence(x_toy) - elbo).mean()
 assert abs(left - gap) < 0.02
@@ -282,7 +301,7 @@ def bound(model, q, x, seed=1):
     """The bound of each example with 100 draws, the same noise in each call."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return level_elbo(model, q, x, 100)[0]
+        return inference.level_elbo(model, q, x, 100)[0]
 
 
 def fit_encoder(model, inputs, num_iterations, gated):
@@ -291,8 +310,9 @@ def fit_encoder(model, inputs, num_iterations, gated):
     optimizer = Adam(encoder.parameters(), 2e-3)
     for _ in range(num_updates):
         x = data.binarise(grey[torch.randint(59_000, (100,))])
-        iterative_step(x, model, encoder, [optimizer], num_iterations=num_iterations)
-    return posterior(model, encoder, x_test, num_iterations)
+        settings = {"num_iterations": num_iterations}
+        inference.iterative_step(x, model, encoder, [optimizer], **settings)
+    return inference.posterior(model, encoder, x_test, num_iterations)
 
 
 # %%
@@ -302,19 +322,25 @@ reads = {
     "x and gradient, once": (("x", "log_gradient"), 1, False),
     "gradient and estimates, five times": (("log_gradient", "estimates"), 5, True),
 }
-fitted = {name: bound(standard, fit_encoder(standard, *r), x_test) for name, r in reads.items()}
+fitted = {
+    name: bound(standard, fit_encoder(standard, *choice), x_test) for name, choice in reads.items()
+}
 rows = [
     [name, mean_and_se(value), paired_difference(value, fitted["x, once"])]
     for name, value in fitted.items()
 ]
 rows[0][2] = None
-display(markdown_table(["encoder reads", "bound", "minus x, once, in pairs"], rows, 1))
+markdown_table(["encoder reads", "bound", "minus x, once, in pairs"], rows, 1)
 
 # %%
 # NBVAL_CHECK_OUTPUT
 once = paired_difference(fitted["gradient, once"], fitted["x, once"])
 again = paired_difference(fitted["gradient and estimates, five times"], fitted["gradient, once"])
-print("gradient alone, once, is worse than x by", "over" if once.mean < -5 else "under", "5 nats")
+print(
+    "gradient alone, once, is worse than x by",
+    "over" if once.mean < -5 else "under",
+    "5 nats",
+)
 print("and better when it is taken five times:", again.mean > 2 * again.se)
 
 # %% [markdown]
@@ -348,11 +374,8 @@ top_down = -(start[:, :6] - prior.mean[:, :6]) / prior.variance[:, :6]
 total = bottom_up[:, :6] + top_down
 assert torch.allclose(total, state.gradient[:, :6], rtol=1e-4, atol=1e-3)
 size = [part.square().mean().sqrt().item() for part in (bottom_up[:, :6], top_down)]
-print(
-    "their sum is the gradient; shares by size: {:.2f} and {:.2f}".format(
-        size[0] / sum(size), size[1] / sum(size)
-    )
-)
+below = size[0] / sum(size)
+print(f"their sum is the gradient; shares by size: {below:.2f}, {1 - below:.2f}")
 
 # %% [markdown]
 # (The top-down term is written with $\mu$ in the place of $z^1$, because the divergence given $z^2$ is in closed form.)
@@ -363,15 +386,15 @@ print(
 # %%
 # NBVAL_CHECK_OUTPUT
 def without_top_down(state, step):
-    prior = conditional_normal(levels.prior(), state.terms.z).mean.mean(0)[:, :6]
-    spread = conditional_normal(levels.prior(), state.terms.z).variance.mean(0)[:, :6]
+    prior = conditional_normal(levels.prior(), state.terms.z)
+    pull = (state.parameters[:, :6] - prior.mean[..., :6]) / prior.variance[..., :6]
     gradient = state.gradient.clone()
-    gradient[:, :6] += (state.parameters[:, :6] - prior) / spread
+    gradient[:, :6] += pull.mean(0)
     return step(state._replace(gradient=gradient))
 
 
-steps = {"whole": gradient_ascent(partial(Adam, lr=0.03))}
-blind = gradient_ascent(partial(Adam, lr=0.03))
+steps = {"whole": inference.gradient_ascent(partial(Adam, lr=0.03))}
+blind = inference.gradient_ascent(partial(Adam, lr=0.03))
 steps["bottom-up only"] = partial(without_top_down, step=blind)
 reached = {}
 for name, step in steps.items():
@@ -395,12 +418,14 @@ x_one = x_test[3:4]
 starts = torch.tensor([[0.0, 0], [-2, 2], [2, 2], [2, -2], [-2, -2]])
 starts = torch.cat([starts, torch.zeros(5, 2)], -1)
 torch.manual_seed(seed)
-paths = refine(plane, plane_encoder, x_one.expand(5, -1), 5, start=starts, num_samples=10)
+settings = {"start": starts, "num_samples": 10}
+paths = refine(plane, plane_encoder, x_one.expand(5, -1), 5, **settings)
 settled = paths.parameters[-1, 0]
 side = torch.linspace(-3, 3, num_grid)
 grid = torch.cartesian_prod(side, side)
 lam = torch.cat([grid, settled[2:].expand(len(grid), -1)], -1)
-surface = level_elbo(plane, gaussian(lam), x_one.expand(len(grid), -1), 20)[0]
+copies = x_one.expand(len(grid), -1)
+surface = inference.level_elbo(plane, gaussian(lam), copies, 20)[0]
 surface = surface.reshape(num_grid, num_grid).T
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-it-plane", "caption": "The bound of one test digit over the means of its two latents, at the scales on which the encoder settles (darker: lower; contours 10, 30, 100 and 300 nats below the highest point of the grid). Each frame adds one iteration of the learned optimiser, from the prior (circle) and from four other starts."}, "image": {"alt": "An animation: on a grey relief five paths of an iterative encoder start at the centre and near the corners; dots mark the iterations and the contours the summit."}}
@@ -409,15 +434,35 @@ top = surface.max()
 
 def draw(figure, frame):
     ax = figure.subplots()
-    ax.contourf(side, side, (surface - top).clamp(min=-400), levels=20, cmap="Greys_r", alpha=0.6)
+    ax.contourf(
+        side,
+        side,
+        (surface - top).clamp(min=-400),
+        levels=20,
+        cmap="Greys_r",
+        alpha=0.6,
+    )
     below = [-300, -100, -30, -10]
-    ax.contour(side, side, surface - top, levels=below, colors=plotting.GREY, linewidths=0.9)
+    ax.contour(
+        side,
+        side,
+        surface - top,
+        levels=below,
+        colors=plotting.GREY,
+        linewidths=0.9,
+    )
     for start in range(5):
         path = paths.parameters[: frame + 1, start, :2]
         style = {"color": plotting.COLOURS["samples" if start else "approximation"]}
         ax.plot(*path.T, ".-", ms=6, lw=1.3, **style)
-        ax.plot(*path[0], "o" if start == 0 else "s", fillstyle="none", ms=8, **style)
-    ax.set(xlabel="$\\mu_1$", ylabel="$\\mu_2$", title=f"iteration {frame}", aspect="equal")
+        marker = "s" if start else "o"
+        ax.plot(*path[0], marker, fillstyle="none", ms=8, **style)
+    ax.set(
+        xlabel="$\\mu_1$",
+        ylabel="$\\mu_2$",
+        title=f"iteration {frame}",
+        aspect="equal",
+    )
     ax.set(xlim=(-3, 3), ylim=(-3, 3))
 
 
@@ -435,10 +480,16 @@ plotting.animate(
 # NBVAL_CHECK_OUTPUT
 moves = paths.parameters[1:, 0, :2] - paths.parameters[:-1, 0, :2]
 lengths = moves.norm(dim=-1)
-print("from the prior the first step is the longest:", bool(lengths[0] == lengths.max()))
-print("and the last is shorter by a factor of at least 3:", bool(lengths[-1] < lengths[0] / 3))
+print(
+    "from the prior the first step is the longest:",
+    bool(lengths[0] == lengths.max()),
+)
+print(
+    "and the last is shorter by a factor of at least 3:",
+    bool(lengths[-1] < lengths[0] / 3),
+)
 short = top - paths.elbo[-1]
-print("starts that end within 30 nats of the summit:", int((short < 30).sum()), "of 5")
+print("starts that end within 30 nats of the summit:", int((short < 30).sum()))
 
 # %% [markdown]
 # The first step does most of the work, and the later ones are small corrections: that is the source's reading of its own figure, and ours of this one. A learned optimiser need not creep. It has seen many digits, so its first step, which reads the image, is an educated guess.
@@ -451,7 +502,8 @@ shown = refine(iterative, iterative_encoder, x_test[:5], 10).parameters[..., :16
 means = iterative.likelihood(shown[[0, 1, 2, 3, 4, 5, 10]]).mean  # [7, 5, 784]
 figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 4), width_ratios=(7, 1))
 plotting.show_digits(means.transpose(0, 1).reshape(-1, 784), ncols=7, ax=left)
-plotting.show_digits(x_test[:5], ncols=1, ax=right, colour=plotting.COLOURS["exact"])
+green = plotting.COLOURS["exact"]
+plotting.show_digits(x_test[:5], ncols=1, ax=right, colour=green)
 left.set_title("prior, iterations 1, 2, 3, 4, 5 and 10")
 right.set_title("digit")
 plt.show()
@@ -474,7 +526,7 @@ rates = [0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003]
 
 def validated(make, rate):
     torch.manual_seed(seed)
-    step = gradient_ascent(partial(make, lr=rate))
+    step = inference.gradient_ascent(partial(make, lr=rate))
     try:
         bounds = refine(iterative, step, x_valid, 60).elbo
     except FloatingPointError:  # the step was too long
@@ -482,68 +534,72 @@ def validated(make, rate):
     return bounds[-10:].mean().item()
 
 
-tuned = {name: max(rates, key=partial(validated, make)) for name, make in rivals.items()}
+tuned = {n: max(rates, key=partial(validated, make)) for n, make in rivals.items()}
 print("grid:", *rates, "| chosen:", tuned)
-assert all(min(rates) < rate < max(rates) for rate in tuned.values())  # none at an edge
+if num_steps >= 100:  # none at an edge of the grid
+    assert all(min(rates) < rate < max(rates) for rate in tuned.values())
 
 # %%
 torch.manual_seed(seed)
-racers = {n: gradient_ascent(partial(m, lr=tuned[n])) for n, m in rivals.items()}
+racers = {n: partial(make, lr=tuned[n]) for n, make in rivals.items()}
+racers["Adam, slower"] = partial(Adam, lr=0.02)
 curves, final = {}, {}
-for name, step in racers.items():
-    trace = refine(iterative, step, x_test, num_steps)
+for name, make in racers.items():
+    trace = refine(iterative, inference.gradient_ascent(make), x_test, num_steps)
     curves[name], final[name] = trace.elbo.mean(1), trace.parameters[-1]
 learned = refine(iterative, iterative_encoder, x_test, 20)
-curves["iterative encoder"], final["iterative encoder"] = (
-    learned.elbo.mean(1),
-    learned.parameters[5],
-)
-step = gradient_ascent(partial(Adam, lr=0.02))
-semi = refine(iterative, step, x_test, num_steps, start=learned.parameters[1])
-curves["first iteration, then Adam"] = semi.elbo.mean(1)
+curves["iterative encoder"] = learned.elbo.mean(1)
+final["iterative encoder"] = learned.parameters[5]
+slow = inference.gradient_ascent(racers["Adam, slower"])
+trace = refine(iterative, slow, x_test, num_steps, start=learned.parameters[1])
+curves["encoder, then Adam, slower"] = trace.elbo.mean(1)
+final["encoder, then Adam, slower"] = trace.parameters[-1]
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-it-race", "caption": "Left: mean bound on the test digits against the number of gradients taken, each a pass through the decoder and back, from the prior. One draw for each estimate. The iterative encoder was trained for 5 iterations and runs for 20. Right: root mean square of the gradient in $\\lambda$ along the iterations of the encoder."}, "image": {"alt": "Left, five curves that rise to a plateau: the encoder's at once, Adam's and RMSProp's within tens of gradients, the two of SGD later. Right, the size of the gradient falls steeply at the first iteration and is nearly flat afterwards."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2), width_ratios=(2, 1))
-styles = {"iterative encoder": {"lw": 2.6, "color": plotting.COLOURS["approximation"]}}
+orange = plotting.COLOURS["approximation"]
+styles = {"iterative encoder": {"lw": 2.6, "color": orange}}
+styles["Adam, slower"] = {"lw": 1.4, "color": plotting.GREY}
 colours = iter(["bound", "exact", "samples", "highlight", "other"])
 for name, curve in curves.items():
-    style = styles.get(name) or {"color": plotting.COLOURS[next(colours)], "lw": 1.4}
+    style = styles.get(name) or {
+        "color": plotting.COLOURS[next(colours)],
+        "lw": 1.4,
+    }
     left.plot(range(1, len(curve) + 1), curve, label=name, **style)
-left.set(xscale="log", xlabel="gradients", ylabel="mean bound, nats", ylim=(-250, None))
+left.set(xscale="log", xlabel="gradients", ylabel="mean bound, nats")
+left.set_ylim(-250, None)
 left.legend(fontsize=8, loc="lower right")
 norms = learned.gradient.square().mean((1, 2)).sqrt()
-right.plot(range(21), norms, ".-", color=plotting.COLOURS["approximation"])
+right.plot(range(21), norms, ".-", color=orange)
 right.set(yscale="log", xlabel="iteration", ylabel="size of the gradient")
 plt.show()
 
 # %%
 # NBVAL_CHECK_OUTPUT
-plateau = learned.elbo[5].mean() - 2.0  # two nats below the encoder after its five iterations
-needed = {
-    n: int((c > plateau).nonzero()[0]) + 1 if (c > plateau).any() else None
-    for n, c in curves.items()
-}
-rivals_needed = [needed[n] for n in rivals if needed[n]]
-print("the encoder is there within 10 gradients:", needed["iterative encoder"] <= 10)
-print(
-    "every rival needs at least three times as many:",
-    min(rivals_needed, default=10**6) >= 3 * needed["iterative encoder"],
-)
+plateau = learned.elbo[5].mean() - 2.0  # two nats below the fifth iteration
+needed = {}
+for name, curve in curves.items():
+    there = (curve > plateau).nonzero()
+    needed[name] = int(there[0]) + 1 if len(there) else None
+quickest = min(needed[name] or num_steps for name in racers)
+own = needed["iterative encoder"]
+print("the encoder is there within 5 gradients:", own <= 5)
+print("every rival needs at least five times as many:", quickest >= 5 * own)
 
 # %%
-rows = []
-for name in curves:
-    q = gaussian(final.get(name, semi.parameters[-1]))
-    value = bound(iterative, q, x_test)
-    rows.append([name, tuned.get(name), needed[name], value])
-reference = rows[4][3]
-rows = [[*r[:3], mean_and_se(r[3]), paired_difference(r[3], reference)] for r in rows]
-rows[4][4] = None
-header = ["optimiser", "rate", "gradients to within 2 nats", "final bound", "minus encoder"]
-display(markdown_table(header, rows, 2))
+ends = {name: bound(iterative, gaussian(end), x_test) for name, end in final.items()}
+reference, rows = ends["iterative encoder"], []
+for name, value in ends.items():
+    rate = f"{tuned.get(name, 0.02):g}" if name != "iterative encoder" else None
+    ahead = None if value is reference else paired_difference(value, reference)
+    rows.append([name, rate, needed[name], mean_and_se(value), ahead])
+header = ["optimiser", "rate", "gradients to within 2 nats", "final bound"]
+markdown_table([*header, "minus encoder, in pairs"], rows, 2)
 
 # %% [markdown]
-# Read the table in both directions. Counted in gradients, the encoder wins the sprint by a wide margin: nobody else reads the image, and it was trained on digits. But the hand-made optimisers are *for* any decoder and go on improving, and the last column shows by how much the best of them ends above the encoder after five iterations. A learned optimiser amortises the search; it does not replace its end. The last row has both: one look by the encoder, then gradients.
+# Read the table in both directions. Counted in gradients, the encoder wins the sprint by a wide margin: nobody else reads the image, and it was trained on digits. But a hand-made optimiser works for *any* decoder and goes on improving; the last column shows which of them end above the encoder's fifth iteration. A learned optimiser amortises the search, and does not replace its end.
+# The rates of the four rivals were chosen for 60 steps, where fast ones win. The slower Adam is there for the last row, semi-amortised inference, which starts at the encoder's first iteration and needs small steps: the difference of these two rows is what the start is worth at equal rates.
 #
 # Counting gradients is not counting seconds, since the encoder's own network costs time too. Neither is training. These are the recorded seconds of the two models:
 
@@ -554,7 +610,7 @@ for row, label in {"standard": "standard", "iterative": "iterative, T = 5"}.item
     facts = [run.record["details"] for run in small_study.get(row, [])]
     cost = [1000 * f["seconds"]["training"] / f["steps"] for f in facts]
     rows.append([label, len(facts), sum(cost) / len(cost) if cost else None])
-display(markdown_table(["model", "seeds", "milliseconds for an update of training"], rows, 1))
+markdown_table(["model", "seeds", "milliseconds for an update"], rows, 1)
 
 # %% [markdown]
 # An update with an iterative encoder takes several times as long. A comparison at equal updates favours it, one at equal seconds the standard encoder; the large study has rows for both.
@@ -567,7 +623,7 @@ display(markdown_table(["model", "seeds", "milliseconds for an update of trainin
 
 # %%
 def square():
-    """Decoder -> inference -> bounds of the first 300 images, one vector for each seed."""
+    """Decoder -> inference -> bounds of 300 images, a vector for each seed."""
     found = {}
     for row in ("standard", "iterative"):
         runs = [run.per_image for run in small_study.get(row, [])]
@@ -591,7 +647,13 @@ display(markdown_table(["inference:", "standard", "iterative", "optimised"], row
 figure, ax = plt.subplots(figsize=(5.6, 3.2))
 for (row, by), name in zip(cells.items(), ("bound", "approximation"), strict=True):
     points = torch.stack([torch.stack([v.mean() for v in by[n]]) for n in by])  # [3, seeds]
-    ax.plot(range(3), points.mean(1), "-", color=plotting.COLOURS[name], label=f"decoder of {row}")
+    ax.plot(
+        range(3),
+        points.mean(1),
+        "-",
+        color=plotting.COLOURS[name],
+        label=f"decoder of {row}",
+    )
     ax.plot(range(3), points, ".", color=plotting.COLOURS[name], ms=9, alpha=0.7)
 ax.set_xticks(range(3), ["standard", "iterative", "optimised"])
 ax.set(xlabel="inference, fitted after training", ylabel="mean bound, nats")
@@ -604,16 +666,20 @@ plt.show()
 def t_interval(differences):
     """Mean over seeds and its 95 % interval by Student's t, n = 3."""
     means = torch.stack([d.mean() for d in differences])
-    half = 4.30 * means.std() / len(means) ** 0.5
-    return f"{means.mean():.2f} +- {half:.2f} nats, {len(means)} seeds"
+    if len(means) != 3:
+        return f"{means.mean():.2f} nats, no interval from {len(means)} seeds"
+    return f"{means.mean():.2f} +- {4.30 * means.std() / 3**0.5:.2f} nats, 3 seeds"
 
 
 for name in ("standard", "iterative", "optimised"):
     pairs = zip(cells["iterative"][name], cells["standard"][name], strict=True)
-    print(f"decoder, under {name} inference:", t_interval([a - b for a, b in pairs]))
+    print(f"decoder, {name} inference:", t_interval([a - b for a, b in pairs]))
 for row, by in cells.items():
     pairs = zip(by["iterative"], by["standard"], strict=True)
-    print(f"inference, for the decoder of {row}:", t_interval([a - b for a, b in pairs]))
+    print(
+        f"inference, for the decoder of {row}:",
+        t_interval([a - b for a, b in pairs]),
+    )
 
 # %% [markdown]
 # The printed intervals are iterative minus standard. An interval that holds zero means that three trainings of this length do not settle the sign.
@@ -629,7 +695,7 @@ torch.manual_seed(seed)
 
 
 def optimised(model, start, x):
-    step = gradient_ascent(partial(Adam, lr=0.02))
+    step = inference.gradient_ascent(partial(Adam, lr=0.02))
     path = refine(model, step, x, 150, start=start, num_samples=4).parameters
     return gaussian(path[-75:].mean(0))
 
@@ -638,19 +704,32 @@ best = bound(iterative, optimised(iterative, learned.parameters[5], x_test), x_t
 rows, gaps = [], {}
 for t in (1, 2, 5, 10, 20):
     gaps[t] = best - bound(iterative, gaussian(learned.parameters[t]), x_test)
-    rows.append([f"iterative, t = {t}", mean_and_se(gaps[t]), 1 - gaps[t].mean() / gaps[1].mean()])
-q = posterior(standard, standard_encoder, x_test)
+    rows.append(
+        [
+            f"iterative, t = {t}",
+            mean_and_se(gaps[t]),
+            1 - gaps[t].mean() / gaps[1].mean(),
+        ]
+    )
+q = inference.posterior(standard, standard_encoder, x_test)
 start = torch.cat([q.mean, q.stddev.log()], -1)
-gap = bound(standard, optimised(standard, start, x_test), x_test) - bound(standard, q, x_test)
+local = optimised(standard, start, x_test)
+gap = bound(standard, local, x_test) - bound(standard, q, x_test)
 rows.append(["standard, own decoder", mean_and_se(gap), None])
-display(markdown_table(["encoder", "gap to the optimised bound", "share of t = 1 closed"], rows, 2))
+markdown_table(["encoder", "gap to the optimum", "share of t = 1 closed"], rows, 2)
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-it-gaps", "caption": "Distribution over test digits of the amortisation gap: of the iterative encoder after 1, 2, 5 and 10 iterations, and of the standard encoder with its own decoder. A curve further to the left is better."}, "image": {"alt": "Five cumulative curves over the gap in nats. That of the first iteration lies furthest right among the iterative ones; those of iterations 5 and 10 nearly coincide."}}
 figure, ax = plt.subplots(figsize=(5.6, 3.2))
 share = torch.arange(1, num_images + 1) / num_images
 for t, alpha in {1: 0.35, 2: 0.55, 5: 1.0, 10: 0.8}.items():
     style = {"color": plotting.COLOURS["approximation"], "alpha": alpha}
-    ax.plot(gaps[t].sort().values, share, "-" if t < 10 else ":", label=f"iterative, {t}", **style)
+    ax.plot(
+        gaps[t].sort().values,
+        share,
+        "-" if t < 10 else ":",
+        label=f"iterative, {t}",
+        **style,
+    )
 ax.plot(gap.sort().values, share, label="standard", **plotting.LINES["bound"])
 ax.set(xlabel="amortisation gap, nats", ylabel="share of digits", xlim=(-1, 12))
 ax.legend()
@@ -661,7 +740,7 @@ plt.show()
 for a, b in ((1, 2), (2, 5)):
     gain = paired_difference(gaps[a], gaps[b])
     assert gain.mean > 2 * gain.se
-    print(f"iterations {a} to {b} raise the held-out bound: at least two standard errors")
+    print(f"iterations {a} to {b} raise the held-out bound, by over 2 standard errors")
 print(
     "ten iterations, twice as many as trained for, stay within 1 nat of five:",
     bool((gaps[10].mean() - gaps[5].mean()).abs() < 1),
@@ -678,11 +757,19 @@ estimates = {}
 for t in (1, 5):
     q = gaussian(learned.parameters[t][:100])
     ll = evaluation.importance_sampling_ll(
-        iterative, lambda x, q=q: q, x_test[: len(q.mean)], num_samples=num_importance, seed=seed
+        iterative,
+        lambda x, q=q: q,
+        x_test[: len(q.mean)],
+        num_samples=num_importance,
+        seed=seed,
     )
     estimates[t] = bound(iterative, q, x_test[:100]), ll.log_likelihood
-change = [paired_difference(b, a) for a, b in zip(estimates[1], estimates[5], strict=True)]
-print("the bound rises by more than two standard errors:", change[0].mean > 2 * change[0].se)
+pairs = zip(estimates[1], estimates[5], strict=True)
+change = [paired_difference(after, before) for before, after in pairs]
+print(
+    "the bound rises by more than two standard errors:",
+    change[0].mean > 2 * change[0].se,
+)
 print(
     "the estimate of log p(x) moves by less than half as much:",
     abs(change[1].mean) < change[0].mean / 2,
@@ -707,11 +794,10 @@ display(
 def trial(model, x):
     torch.manual_seed(seed)
     path = refine(model, iterative_encoder, x, 10).parameters
-    first, fifth, tenth = (bound(model, gaussian(path[t]), x) for t in (1, 5, 10))
-    step = gradient_ascent(partial(Adam, lr=0.05))
+    step = inference.gradient_ascent(partial(Adam, lr=0.05))
     control = refine(model, step, x, 200, num_samples=2).parameters[-50:].mean(0)
     best = bound(model, gaussian(control), x)
-    return [best, *(paired_difference(value, best) for value in (first, fifth, tenth))]
+    return best, {t: bound(model, gaussian(path[t]), x) for t in (1, 5, 10)}
 
 
 few = x_test[:100]
@@ -722,19 +808,22 @@ trials = {
     "upside down": trial(iterative, few.flip(-1)),
     "digits, decoder of the other model": trial(standard, few),
 }
-rows = [[name, mean_and_se(best), *others] for name, (best, *others) in trials.items()]
-header = ["observations", "optimised from the prior", "encoder, t = 1", "t = 5", "t = 10"]
-display(markdown_table(header, rows, 1))
+rows = [
+    [name, mean_and_se(best), *(paired_difference(v, best) for v in found.values())]
+    for name, (best, found) in trials.items()
+]
+header = ["observations", "optimised from the prior", "encoder, t = 1", "t = 5"]
+display(markdown_table([*header, "t = 10"], rows, 1))
 
 # %%
 # NBVAL_CHECK_OUTPUT
-for name, (_, first, fifth, _) in trials.items():
-    close = "within" if fifth.mean > -5 else "more than"
-    helped = "helps" if fifth.mean > first.mean + 2 * first.se else "does not help"
-    print(f"{name}: iterating {helped}; after 5 it is {close} 5 nats of optimisation")
+for name, (best, found) in trials.items():
+    gain, short = paired_difference(found[5], found[1]), (best - found[5]).mean()
+    size = "under 5" if short < 5 else "5 to 100" if short < 100 else "over 100"
+    print(f"{name}: iterating helps: {gain.mean > 2 * gain.se}; {size} nats short")
 
 # %% [markdown]
-# The last three columns are differences from the first, in pairs. The printed words say where iterating helps and where it does not. The decoder of the other model is the hard case: an update rule that was learned together with one decoder carries that decoder's coordinates in its weights.
+# The last three columns are differences from the first, in pairs; the printed lines say what iterating does in each trial, and how far the fifth iteration stays below local optimisation. Iterating always helps, and only for inputs near to digits does it help enough. On noise that no digit has, and with a decoder whose coordinates it never saw, the gradient is read by a network that has met no such gradient, and the answer stays far from one that a plain optimiser finds. What was learned is an update rule for digits under one decoder.
 #
 # ### When can an encoder be exact at all?
 #
@@ -750,8 +839,14 @@ ablation = {
     "standard_k1": ("standard, 1 draw", "standard (x) samples=1"),
     "standard_k5": ("standard, 5 draws", "standard (x) samples=5"),
     "standard_k10": ("standard, 10 draws", "standard (x) samples=10"),
-    "gradient_x_k5": ("gradient and x, 5 draws", "iterative (gradient and x) samples=5"),
-    "gradient_x_k10": ("gradient and x, 10 draws", "iterative (gradient and x) samples=10"),
+    "gradient_x_k5": (
+        "gradient and x, 5 draws",
+        "iterative (gradient and x) samples=5",
+    ),
+    "gradient_x_k10": (
+        "gradient and x, 10 draws",
+        "iterative (gradient and x) samples=10",
+    ),
     "blind_t5": ("x and estimates alone, T = 5", None),
     "normalised_x_t5": ("normalised gradient and x, T = 5", None),
 }
@@ -765,7 +860,8 @@ for row, kind in kinds.items():
     for t in (2, 5, 10):
         source = f"iterative ({kind}) iterations={t}"
         ablation[f"{row}_t{t}"] = (f"{kind}, T = {t}", source)
-known = {e["row"]: e["printed"] for e in results.load_published("iterative", metric="ELBO")}
+readings = results.load_published("iterative", metric="ELBO")
+known = {entry["row"]: entry["printed"] for entry in readings}
 labels = {row: label for row, (label, _) in ablation.items()}
 printed = {row: known.get(source, "–") for row, (_, source) in ablation.items()}
 tables.study_table("iterative_ablation", labels, "elbo", printed, ["laptop"])
@@ -789,14 +885,20 @@ mnist = {
     "standard_10": ("one level, standard, 10 draws", None),
     "standard_long": ("one level, standard, seconds of iterative", None),
     "iterative": ("one level, iterative, 1 draw", None),
-    "iterative_10": ("one level, iterative, 10 draws", "MNIST single-level iterative"),
+    "iterative_10": (
+        "one level, iterative, 10 draws",
+        "MNIST single-level iterative",
+    ),
     "levels_standard": ("two levels, standard", "MNIST hierarchical standard"),
     "levels_ladder": ("two levels, ladder", None),
-    "levels_iterative": ("two levels, iterative, errors", "MNIST hierarchical iterative"),
+    "levels_iterative": (
+        "two levels, iterative, errors",
+        "MNIST hierarchical iterative",
+    ),
     "levels_iterative_gradient": ("two levels, iterative, gradient", None),
 }
 labels = {row: label for row, (label, _) in mnist.items()}
-printed = {r: f"-{published[n]['printed']}" if n else "–" for r, (_, n) in mnist.items()}
+printed = {r: n and f"-{published[n]['printed']}" for r, (_, n) in mnist.items()}
 tables.study_table("iterative_mnist", labels, "is_ll", printed, ["full", "laptop"])
 
 # %%
@@ -811,7 +913,7 @@ pairs = [
     ("levels_iterative", "levels_ladder"),
 ]
 display(tables.paired_table(recorded, pairs, "is_ll", labels))
-levels_table = {row: label for row, label in labels.items() if row.startswith("levels")}
+levels_table = {row: labels[row] for row in labels if row.startswith("levels")}
 titles = {"KL of level 1": "kl_level_1", "KL of level 2": "kl_level_2"}
 tables.metric_table(recorded, levels_table, titles)
 
@@ -826,7 +928,10 @@ cifar = {
     "iterative": ("one level, iterative", "CIFAR-10 single-level iterative"),
     "levels_standard": ("two levels, standard", "CIFAR-10 hierarchical standard"),
     "levels_ladder": ("two levels, ladder", None),
-    "levels_iterative": ("two levels, iterative", "CIFAR-10 hierarchical iterative"),
+    "levels_iterative": (
+        "two levels, iterative",
+        "CIFAR-10 hierarchical iterative",
+    ),
 }
 labels = {row: label for row, (label, _) in cifar.items()}
 printed = {r: published[n]["printed"] if n else "–" for r, (_, n) in cifar.items()}
@@ -900,7 +1005,11 @@ def best_log_scale(weight, noise_scale):
     return -0.5 * (weight.square().sum(0) / noise_scale**2 + 1).log()
 
 
-checks.close(best_log_scale(toy.weight, 0.5), -0.5 * M.diagonal().log(), label="the log-scales")
+checks.close(
+    best_log_scale(toy.weight, 0.5),
+    -0.5 * M.diagonal().log(),
+    label="the log-scales",
+)
 
 # %% [markdown]
 # ```{solution-end}
@@ -912,7 +1021,7 @@ checks.close(best_log_scale(toy.weight, 0.5), -0.5 * M.diagonal().log(), label="
 #
 # ~~~python
 # path = refine(toy, halfway, x_toy, 3, start=narrow).parameters[..., :2]
-# ratio = (path[3] - best).norm() / (path[0] - best).norm()
+# ratio = (path[3] - optimum).norm() / (path[0] - optimum).norm()
 # checks.close(ratio, 1 / 8, rtol=0.02, label="the shrinking", hint="half of the way each time")
 # ~~~
 # ```
@@ -935,7 +1044,7 @@ def halfway(state):
 
 
 path = refine(toy, halfway, x_toy, 3, start=narrow).parameters[..., :2]
-ratio = (path[3] - best).norm() / (path[0] - best).norm()
+ratio = (path[3] - optimum).norm() / (path[0] - optimum).norm()
 checks.close(ratio, 1 / 8, rtol=0.02, label="the shrinking")
 
 # %% [markdown]
@@ -972,7 +1081,8 @@ def seen(gradient, batch_size):
 
 
 g = torch.tensor([1e-3, -1.0, 100.0])
-checks.close(seen(g, 64), ((g / 64).abs() + 1e-5).log(), label="what the encoder sees")
+expected = ((g / 64).abs() + 1e-5).log()
+checks.close(seen(g, 64), expected, label="what the encoder sees")
 
 # %% [markdown]
 # ```{solution-end}
