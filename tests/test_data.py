@@ -595,7 +595,7 @@ def test_command_line_reports_what_went_wrong_and_exits_1(repository, capsys):
 def test_module_runs_as_a_program():
     command = [sys.executable, "-m", "amortised.data", "list"]
     printed = subprocess.check_output(command, text=True, stderr=subprocess.STDOUT)
-    assert re.match(r"mnist .*\nmnist_static +fetched +109\.8 MB +none stated", printed)
+    assert re.search(r"mnist .*\nmnist_static +fetched +109\.8 MB +none stated", printed)
 
 
 # ------------------------------------------------------------------------ colour images and words

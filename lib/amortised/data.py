@@ -601,7 +601,7 @@ def main(arguments: list[str] | None = None) -> int:
     :returns: exit status: 0, or 1 if a file is damaged or cannot be fetched, an embedded one
         is missing, or a name is unknown.
 
-    >>> main(["list"])
+    >>> main(["list", "mnist"])
     mnist         embedded  11.6 MB  CC BY-SA 3.0...
     0
     """
