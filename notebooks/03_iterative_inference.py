@@ -77,9 +77,9 @@ from amortised.models import DeepLatentGaussian, LinearGaussian, conditional_nor
 from amortised.results import markdown_table, mean_and_se, paired_difference
 from amortised.training import fit, half_cosine
 
-plotting.use_style()
-torch.distributions.Distribution.set_default_validate_args(False)  # speed
 torch.manual_seed(seed)
+torch.distributions.Distribution.set_default_validate_args(False)  # speed
+plotting.use_style()
 
 # %% [markdown]
 # ## One loop, four ways to infer
@@ -625,7 +625,7 @@ markdown_table(["model", "seeds", "milliseconds for an update"], rows, 1)
 
 # %%
 def square(trainings):
-    """Decoder -> inference -> bounds of 300 images, a vector for each common seed."""
+    """Decoder -> inference -> bounds of 300 images for each common seed."""
     by_seed = {
         row: {run.record["seed"]: run.per_image for run in small_study[row]}
         for row in trainings
@@ -648,12 +648,13 @@ trainings = {"standard": "standard", "iterative": "iterative"}
 trainings["standard_long"] = "standard, seconds of iterative"
 cells = square(trainings)
 rows = [
-    [trainings[row], *(tables.pool(v).text() for v in by.values())] for row, by in cells.items()
+    [trainings[row], *(tables.pool(v).text() for v in found.values())]
+    for row, found in cells.items()  # by inference
 ]
 header = ["decoder trained by \\ inference", "standard", "iterative", "optimised"]
 markdown_table(header, rows)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-it-square", "caption": "Decoders by inferences, from the study `iterative_small`: mean bound on 300 test digits. A dot is a training seed, a line joins the means over seeds. Differences along a line are due to inference, differences between the lines to the decoder."}, "image": {"alt": "A line for each training over three inferences, standard, iterative and optimised, with a dot for each seed; every line rises from left to right, and the lines are further apart than they rise."}}
+# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-it-square", "caption": "Decoders by inferences, from the study `iterative_small`: mean bound on 300 test digits. A dot is a training seed, a line joins the means over seeds. Differences along a line are due to inference, differences between the lines to the decoder."}, "image": {"alt": "A line for each training over three inferences, standard, iterative and optimised, with a dot for each seed; every line rises from left to right, most from iterative to optimised, and the dots of one training lie up to some nats apart."}}
 figure, ax = plt.subplots(figsize=(5.6, 3.2))
 styles = {
     "standard": "bound",
@@ -688,11 +689,13 @@ for row in [row for row in cells if row != "iterative"]:
         print(f"decoder, iterative minus {row}, {name} inference:", difference)
 for row, by in cells.items():
     pairs = zip(by["iterative"], by["standard"], strict=True)
-    difference = t_interval([a - b for a, b in pairs])
-    print(f"inference, iterative minus standard, decoder of {row}:", difference)
+    gains = [a - b for a, b in pairs]
+    print(f"inference, iterative minus standard, decoder of {row}:", t_interval(gains))
+    means = torch.stack(gains).mean(1)
+    assert row == "standard_long" or means.mean() > 4.30 * means.std() / 3**0.5
 
 # %% [markdown]
-# The printed intervals are iterative minus standard. An interval that holds zero means that three trainings of this length do not settle the sign.
+# Two findings. *Inference*: on either decoder the iterative encoder ends above the standard one that was trained beside it with the same number of updates; the interval excludes zero (asserted), and the difference is under a nat. *Decoders*: read the first lines. Where the interval of a difference holds zero, three trainings of this length do not settle its sign, because one training differs from the next by as much; the lines against `standard_long` are the comparison at equal seconds. Optimisation adds more to each decoder than the choice of encoder does.
 #
 # ## Beyond the source
 #
@@ -714,13 +717,8 @@ best = bound(iterative, optimised(iterative, learned.parameters[5], x_test), x_t
 rows, gaps = [], {}
 for t in (1, 2, 5, 10, 20):
     gaps[t] = best - bound(iterative, gaussian(learned.parameters[t]), x_test)
-    rows.append(
-        [
-            f"iterative, t = {t}",
-            mean_and_se(gaps[t]),
-            1 - gaps[t].mean() / gaps[1].mean(),
-        ]
-    )
+    closed = 1 - (gaps[t].mean() / gaps[1].mean()).item()
+    rows.append([f"iterative, t = {t}", mean_and_se(gaps[t]), closed])
 q = inference.posterior(standard, standard_encoder, x_test)
 start = torch.cat([q.mean, q.stddev.log()], -1)
 local = optimised(standard, start, x_test)
