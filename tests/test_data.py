@@ -675,3 +675,13 @@ def test_reuters_keeps_the_most_frequent_words_and_holds_stories_out(
     repository(rcv1(tmp_path, train=".I 1\noil\n"))
     with pytest.raises(DataError, match=r"a story must be '.I number', '.W', words"):
         data.load_rcv1()
+
+
+def test_drawn_images_are_distinct_and_nested():
+    drawn = data.drawn_images(500, image_seed=3)
+    assert len(drawn.unique()) == 500 and torch.equal(data.drawn_images(20, 3), drawn[:20])
+    assert not torch.equal(drawn, data.drawn_images(500, image_seed=4))
+    assert torch.equal(data.drawn_images(500), torch.arange(500))
+    for number in (0, 10_001):
+        with pytest.raises(ValueError, match=f"from 1 to 10,000.*; got {number}"):
+            data.drawn_images(number, 3)
