@@ -410,7 +410,7 @@ blind = inference.gradient_ascent(partial(Adam, lr=0.03))
 steps["bottom-up only"] = partial(without_top_down, step=blind)
 reached = {}
 for name, step in steps.items():
-    trace = refine(levels, step, x_levels, 300, num_samples=4)
+    trace = refine(levels, step, x_levels, max(100, num_steps), num_samples=4)
     q = gaussian(trace.parameters[-50:].mean(0))
     reached[name] = bound(levels, q, x_levels)
 lost = paired_difference(reached["whole"], reached["bottom-up only"])
@@ -509,7 +509,7 @@ def validated(make, rate):
     torch.manual_seed(seed)
     step = inference.gradient_ascent(partial(make, lr=rate))
     try:
-        bounds = refine(iterative, step, x_valid, 60).elbo
+        bounds = refine(iterative, step, x_valid, min(60, num_steps)).elbo
     except FloatingPointError:  # the step was too long
         return -torch.inf
     return bounds[-10:].mean().item()
@@ -694,8 +694,8 @@ torch.manual_seed(seed)
 
 def optimised(model, start, x):
     step = inference.gradient_ascent(partial(Adam, lr=0.02))
-    path = refine(model, step, x, 150, start=start, num_samples=4).parameters
-    return gaussian(path[-75:].mean(0))
+    trace = refine(model, step, x, num_steps // 2, start=start, num_samples=4)
+    return gaussian(trace.parameters[-num_steps // 4 :].mean(0))
 
 
 best = bound(iterative, optimised(iterative, learned.parameters[5], x_test), x_test)
@@ -732,8 +732,8 @@ plt.show()
 # NBVAL_CHECK_OUTPUT
 for a, b in ((1, 2), (2, 5)):
     gain = paired_difference(gaps[a], gaps[b])
-    assert gain.mean > 2 * gain.se
-    print(f"iterations {a} to {b} raise the bound, by over 2 standard errors")
+    rises = gain.mean > 2 * gain.se
+    print(f"t = {a} to {b} raises the bound, by over 2 standard errors: {rises}")
 print(
     "ten iterations, twice as many as trained for, stay within 1 nat of five:",
     bool((gaps[10].mean() - gaps[5].mean()).abs() < 1),
@@ -773,8 +773,8 @@ def trial(model, x):
     torch.manual_seed(seed)
     path = refine(model, iterative_encoder, x, 10).parameters
     step = inference.gradient_ascent(partial(Adam, lr=0.05))
-    control = refine(model, step, x, 200, num_samples=2).parameters[-50:].mean(0)
-    best = bound(model, gaussian(control), x)
+    control = refine(model, step, x, num_steps, num_samples=2).parameters
+    best = bound(model, gaussian(control[-50:].mean(0)), x)
     return best, {t: bound(model, gaussian(path[t]), x) for t in (1, 5, 10)}
 
 
