@@ -202,7 +202,7 @@ def look(
     >>> from amortised.models import LinearGaussian
     >>> model = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
     >>> state = look(model, start_at_prior(model, torch.ones(1, 1)), num_samples=100_000)
-    >>> (state.gradient * 100).round() / 100  # W (x - W mu) - mu = 1; 1 - 2 sigma^2 = -1
+    >>> state.gradient.round()  # W (x - W mu) - mu = 1; 1 - 2 sigma^2 = -1
     tensor([[ 1., -1.]])
     """
     parameters = state.parameters.detach().requires_grad_()
