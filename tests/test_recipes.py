@@ -20,6 +20,7 @@ TINY = {"training_images": 40, "epochs": 1, "batch_size": 10, "chain_dtype": "fl
 TINY |= {"images": 3, "num_samples": 4, "proposal_epochs": 1, "evaluation_dtype": "float32"}
 TINY |= {"num_chains": 2, "pilot_chains": 1, "num_temperatures": 2, "num_leapfrog": 1}
 TINY |= {"simulated_pairs": 2, "iterations": 2, "reference_steps": 1}
+TINY |= {"svi_images": 2, "svi_steps": 2, "posthoc_epochs": 0}
 TINY |= {"hais_images": 2, "diagnostic_images": 2, "diagnostic_samples": 4}
 TINY |= {"classifier_images": 2, "classifier_epochs": 1}
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, MixtureSameFamily, MultivariateNormal
 from tqdm import tqdm
 
-from . import ais, data, encoders, models, results
+from . import ais, data, encoders, iterative, models, results
 from .fast import LogLikelihoodAndGrad, log_likelihood_and_grad
 from .files import Work
 from .mcmc import ValueAndGrad
@@ -692,8 +692,8 @@ def _check_images(model: LatentVariableModel, x: Tensor, name: str, binary: bool
 def build_module(architecture: Mapping[str, object]) -> nn.Module:
     """A new network from its description.
 
-    :param architecture: the name of a class of :mod:`amortised.models` or
-        :mod:`amortised.encoders`, and its arguments.
+    :param architecture: the name of a class of :mod:`amortised.models`,
+        :mod:`amortised.encoders` or :mod:`amortised.iterative`, and its arguments.
     :raises amortised.results.ResultError: if there is no such class.
     :raises TypeError: if it takes no such arguments.
 
@@ -702,7 +702,8 @@ def build_module(architecture: Mapping[str, object]) -> nn.Module:
     """
     arguments = dict(architecture)
     name = arguments.pop("class")
-    kind = getattr(models, name, None) or getattr(encoders, name, None)
+    homes = (models, encoders, iterative)
+    kind = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise results.ResultError(f"its class is {name!r}, which is no model or encoder")
     return kind(**arguments)

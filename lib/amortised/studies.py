@@ -18,6 +18,7 @@ import yaml
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from . import data
+from .iterative import INPUTS
 from .recipes import RECIPES, RULES, VALIDATION_IMAGES
 from .schemas import FormatError, Name, Seed, Sha256, Strict, validate
 
@@ -27,6 +28,12 @@ SCALES = ("laptop", "full")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Encoder = Literal["none", "gaussian", "cnn_g", "cnn_b"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _distinct(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{values} holds a value twice")
+    return values
 
 
 # --- options of the recipes ----------------------------------------------------------------------
@@ -248,6 +255,50 @@ class ImputationOptions(Strict):
     reference_steps: PositiveInt
 
 
+class IterativeOptions(Strict):
+    """Options of :func:`amortised.recipes.iterative_training` and its evaluation."""
+
+    dataset: Literal["mnist", "cifar10", "20news", "rcv1"]
+    method: Literal["standard", "iterative", "ladder"]
+    inputs: Annotated[list[Literal[INPUTS]], AfterValidator(_distinct)]
+    """What an iterative encoder reads; empty for the other methods, which read x."""
+    latent_dims: Annotated[list[PositiveInt], Field(min_length=1)]
+    """Dimensions of the levels, lowest first."""
+    num_hidden: PositiveInt
+    num_layers: PositiveInt
+    num_iterations: PositiveInt
+    """Of an iterative encoder; the other methods take one."""
+    num_student_samples: PositiveInt
+    """Draws of the posterior for each bound in training."""
+    training_images: PositiveInt
+    """Examples, whatever they are; so for ``images``."""
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: Positive
+    images: Annotated[int, Field(ge=2)]
+    """Random test examples, the same in every run; the following are settings of the evaluation."""
+    image_seed: Seed
+    num_samples: PositiveInt
+    svi_images: Annotated[int, Field(ge=2)]
+    svi_steps: Annotated[int, Field(ge=0)]
+    posthoc_epochs: Annotated[int, Field(ge=0)]
+    """Training of a standard and of an iterative encoder on the finished model."""
+    posthoc_inputs: Annotated[list[Literal[INPUTS]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        if (self.method == "iterative") != bool(self.inputs):
+            raise ValueError(
+                f"inputs = {self.inputs} with method = {self.method!r}: an iterative encoder needs "
+                "some; give the others an empty list"
+            )
+        if self.dataset in ("20news", "rcv1") and "errors" in self.inputs:
+            raise ValueError(f"inputs of {self.dataset}: there are no errors of counts; leave them")
+        if self.batch_size > self.training_images:
+            raise ValueError(f"batch_size = {self.batch_size} is more than training_images")
+        return self
+
+
 #: The options of each recipe of :data:`amortised.recipes.RECIPES`.
 OPTIONS = {
     "amc": AmcOptions,
@@ -255,16 +306,11 @@ OPTIONS = {
     "vae": VaeOptions,
     "teacher": TeacherOptions,
     "imputation": ImputationOptions,
+    "iterative": IterativeOptions,
 }
 
 
 # --- the file ------------------------------------------------------------------------------------
-
-
-def _distinct(values: list) -> list:
-    if len(set(values)) < len(values):
-        raise ValueError(f"{values} holds a value twice")
-    return values
 
 
 Scale = Literal["laptop", "full"]
