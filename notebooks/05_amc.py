@@ -681,7 +681,7 @@ for metric in ("IS-LL", "IS-ESS", "HAIS-ESS"):
 tables.metric_table(study, labels, columns, decimals=1, with_seeds=False, given=given)
 
 # %% [markdown]
-# *First table.* A cell is the mean with its standard error over images, and in brackets the standard error over seeds.
+# *First table.* A cell is the mean with its standard error over images, and in brackets the half width of Student's 95 % interval over the three seeds.
 # Columns are different experiments: the published decoders were trained to convergence, a laptop decoder has seen each digit once. So do not expect the published order. At this age the bound has not yet taught the VAE to use its latents, and most rows that give the decoder a livelier $z$ are ahead.
 # Further rows wait for the full scale: each row with $\eta$ once more with $2\eta$, a Gaussian student with the inclusive rule, with a Metropolis test and with Hamiltonian teachers, and a Wasserstein game.
 #
@@ -762,7 +762,7 @@ markdown_table(["encoder, mask", "entropy, nats", "reference", "l1 per pixel", "
 
 # %% [markdown]
 # The source does not state its mask; we assume the lower half in the first two tables, and 500 turns at full scale.
-# *Third table*, at laptop scale with errors over images. The VAE stays close to its reference. The AMC encoders do not: with every mask their entropy lies above the reference and their images lie further from any training digit, over the images as over the seeds. In {numref}`fig-amc-imputation` one sees why. The game has left them with codes that are typical of no image, and each turn feeds the error back.
+# *Third table*, at laptop scale with errors over images. The VAE stays close to its reference. The AMC encoders do not: with every mask their entropy lies above the reference and their images lie further from any training digit, in every seed. In {numref}`fig-amc-imputation` one sees why. The game has left them with codes that are typical of no image, and each turn feeds the error back.
 # The source reads high entropy as a virtue. Without the reference nobody can tell it from noise. The reference has a weakness of its own: at this scale a few of its ten annealed chains carry most of the weight, so its entropy is somewhat too low.
 #
 # %% [markdown]

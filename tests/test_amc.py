@@ -562,3 +562,34 @@ def test_students_without_a_density_are_refused_where_one_is_needed():
     for step in (amc.vae_step, partial(amc.mcmc_vi_step, teacher=never), inclusive):
         with pytest.raises(TypeError, match=r"a density is needed.*not a Tensor"):
             step(torch.randn(5, 4), *given)
+
+
+def test_short_runs_set_out_from_the_prior_and_teach_the_decoder(monkeypatch):
+    torch.manual_seed(3)
+    model, x = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 0.5), torch.full((4000, 1), 2.0)
+    starts = []
+
+    def teacher(x, z0):
+        starts.append(z0)
+        return amc.teacher_samples(model, x, z0, num_steps=300, step_size=0.02)
+
+    optimizers = {"model": torch.optim.SGD(model.parameters(), lr=1e-9)}
+    loss = amc.short_run_step(x, model, optimizers, teacher=teacher)["model"]
+    assert starts[0].shape == (1, 4000, 1)
+    assert abs(starts[0].mean()) < 0.06 and abs(starts[0].std() - 1) < 0.04
+    expected = -model.log_joint(x, model.posterior(x).sample()).mean()
+    assert abs(loss - expected) < 0.06
+
+
+def test_a_weight_scales_the_divergence_of_the_bound_alone():
+    model = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 0.5)
+    encoder = encoders.GaussianEncoder(1, nn.Identity(), num_features=1)
+    x, losses = torch.tensor([[1.5], [-0.5]]), []
+    for weight in (0.0, 0.25, torch.tensor(1.0), 1.0):
+        torch.manual_seed(0)
+        optimizers = {"encoder": torch.optim.SGD(encoder.parameters(), lr=0.0)}
+        losses.append(amc.vae_step(x, model, encoder, optimizers, kl_weight=weight)["loss"])
+    divergence = torch.distributions.kl_divergence(encoder(x), model.prior()).mean()
+    assert torch.allclose(losses[2] - losses[0], divergence, atol=1e-5)
+    assert torch.allclose(losses[2] - losses[1], 0.75 * divergence, atol=1e-5)
+    assert losses[2] == losses[3]

@@ -18,6 +18,8 @@ TINY = {"training_images": 40, "epochs": 1, "batch_size": 10, "chain_dtype": "fl
 TINY |= {"images": 3, "num_samples": 4, "proposal_epochs": 1, "evaluation_dtype": "float32"}
 TINY |= {"num_chains": 2, "pilot_chains": 1, "num_temperatures": 2, "num_leapfrog": 1}
 TINY |= {"simulated_pairs": 2, "iterations": 2, "reference_steps": 1}
+TINY |= {"hais_images": 2, "diagnostic_images": 2, "diagnostic_samples": 4}
+TINY |= {"classifier_images": 2, "classifier_epochs": 1}
 
 
 def tiny(experiment: Experiment) -> Experiment:
@@ -39,7 +41,7 @@ def kinds_in_use() -> dict[str, Experiment]:
                 f"{name}={value}" if isinstance(value, int) else value
                 for name, value in experiment.config.items()
                 if isinstance(value, str) and not name.endswith("dtype") and value != "none"
-                if name not in ("trained_study", "start", "start_sha256")
+                if name not in ("trained_study", "start", "start_sha256", "held_out")
             ]
             if (count := experiment.config.get("num_student_samples", 1)) > 1:
                 words.append(f"K={count}")
@@ -58,9 +60,12 @@ pytestmark = pytest.mark.usefixtures("mnist_is_read_once")
 def made(tmp_path_factory):
     """Make an experiment, once, after the one that it builds on; the folder of its run."""
     root = tmp_path_factory.mktemp("made")
+    long_chain = {"num_steps": 2, "num_leapfrog": 1, "step_size": 0.1}
 
     def make(experiment: Experiment):
-        assert experiments.run_experiment(experiment, root=root).word == "done"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recipes, "LONG_CHAIN", long_chain)
+            assert experiments.run_experiment(experiment, root=root).word == "done"
         folder = experiments.run_folder(experiment, root)
         return folder, runs.read_json(folder / "result.json")
 
@@ -74,6 +79,7 @@ def values_of(folder):
 def test_the_file_of_studies_uses_every_kind_that_these_tests_know():
     words = {word for kind in KINDS for word in kind.split()}
     assert {"vae", "mcmc_vi", "amc", "avb", "persistent", "gaussian", "cnn_g", "cnn_b"} <= words
+    assert {"short_run", "mmd", "informed_gan", "standardised_gan", "K=8"} <= words
     assert {"langevin", "mala", "hmc", "gan", "wasserstein", "inclusive_kl"} <= words
     assert {"elbo", "iwae", "dreg", "K=5", "amc_cnn_g_t50"} <= words
     assert OPTIONS.keys() == RECIPES.keys() == {kind.split(":")[0] for kind in KINDS}
@@ -87,7 +93,7 @@ ON_IMAGES |= {"ais_ll", "ais_ess", "ais_acceptance_rate"}
 ON_PAIRS = {"simulated_lower_bound", "simulated_upper_bound", "simulated_gap"}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("amc", "vae"))])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("amc:", "vae:"))])
 def test_a_row_is_trained_and_evaluated(made, kind):
     experiment = KINDS[kind]
     config = experiment.config
@@ -171,17 +177,90 @@ def test_rows_of_one_seed_start_from_one_decoder_and_learn_at_their_rates(kind):
     first = built(VAE).networks["decoder"].state_dict()
     config, training = TRAINED[kind].config, built(TRAINED[kind])
     decoder = training.networks["decoder"].state_dict()
+    if TRAINED[kind].recipe == "distillation":  # whose output bias comes from the data
+        mean = data.load_mnist("train").images[: config["training_images"]].mean()
+        first["decoder.9.bias"] = mean.logit().reshape(1)
     if TRAINED[kind].recipe != "teacher":  # which start from weights that are trained
         assert all(torch.equal(value, decoder[name]) for name, value in first.items())
-    is_game = config.get("method") == "avb" or config.get("rule") in ("gan", "wasserstein")
+    is_game = config.get("method") == "avb" or "gan" in config.get("rule", "none")
+    is_game = is_game or config.get("rule") == "wasserstein"
     learners = {"model", "encoder"} if config.get("encoder") != "none" else {"model"}
     assert training.optimizers.keys() == learners | ({"discriminator"} if is_game else set())
     assert (config.get("method") == "persistent") == ("chains" in training.networks)
     for name, optimizer in training.optimizers.items():
-        (group,) = optimizer.param_groups
+        group, *weights = optimizer.param_groups
         in_game = is_game and name != "model"
-        assert group["lr"] == config["game_learning_rate" if in_game else "learning_rate"]
+        rate = config["game_learning_rate" if in_game else "learning_rate"]
+        if name == "discriminator":
+            rate = config.get("discriminator_learning_rate", rate)
+        assert group["lr"] == rate
         assert group["betas"] == ((0.5, 0.999) if in_game else (0.9, 0.999))
+        assert [g["lr"] for g in weights] == [2e-2] * (
+            name == "discriminator" and config["rule"].startswith(("informed", "standardised"))
+        )
+
+
+DISTILLED = {kind: e for kind, e in KINDS.items() if e.recipe == "distillation"}
+
+
+@pytest.mark.parametrize("kind", DISTILLED)
+def test_a_student_is_held_to_its_teacher_and_the_decoder_annealed(made, kind):
+    config, (folder, record) = DISTILLED[kind].config, made(DISTILLED[kind])
+    per_image = values_of(folder)
+    expected = dict.fromkeys(("full_is_ll", "full_is_ess"), config["images"])
+    if config["hais_images"]:
+        expected |= dict.fromkeys(("hais_ll", "hais_ess", "hais_acceptance_rate"), 2)
+        expected |= dict.fromkeys(ON_PAIRS, 2)
+    if config["encoder"] == "gaussian":
+        expected["elbo"] = config["images"]
+    if config["method"] != "persistent":
+        expected |= {f"log_likelihood_{who}": 2 for who in ("student", "other", "teacher")}
+        for who in ("student", "teacher"):
+            expected |= {f"{who}_squared_mean_error": 2, f"{who}_log_variance_ratio": 2}
+        expected["long_chain_acceptance_rate"] = 2
+        if config["kernel"] == "mala" or config["kernel"] == "none":
+            expected["teacher_acceptance_rate"] = 2
+        if config["encoder"] != "none":
+            expected["classifier_auc"] = 2
+    assert {name: len(values) for name, values in per_image.items()} == expected
+    assert all(values.isfinite().all() for values in per_image.values())
+    assert record["metrics"].keys() == per_image.keys()
+    if config["method"] != "short_run":  # once will do
+        return
+    decoder = evaluation.load_module(folder / "decoder.safetensors")
+    x, seed = recipes._random_images(config), DISTILLED[kind].seed
+    proposal = evaluation.fit_full_covariance(decoder, x, seed=seed)
+    samples = {"num_samples": config["num_samples"], "seed": seed}
+    estimate = evaluation.importance_sampling_ll(decoder, proposal, x, **samples)
+    assert torch.allclose(estimate.log_likelihood.float(), per_image["full_is_ll"], atol=1e-3)
+
+
+def test_implicit_students_start_at_the_scale_of_the_prior():
+    kinds = [e for e in DISTILLED.values() if e.config["encoder"].startswith("cnn")]
+    for experiment in {e.config["encoder"]: e for e in kinds}.values():
+        encoder = built(experiment).networks["encoder"]
+        x = data.binarise(data.load_mnist("train").images[1000:1100])
+        assert (encoder(x, 50).detach().std((0, 1)) - 1).abs().max() < 0.35
+
+
+def test_the_divergence_is_warmed_up_over_the_first_updates(monkeypatch):
+    experiment = next(e for e in DISTILLED.values() if e.config["method"] == "vae")
+    config = experiment.config | {"training_images": 40, "batch_size": 10, "epochs": 2}
+    seen = []
+    monkeypatch.setattr(amc, "vae_step", lambda *a, kl_weight=1.0, **k: seen.append(kl_weight + 0))
+    step = recipes.distillation_training(config | {"kl_warmup": 0.5}).step
+    for _ in range(8):
+        step(None, None)
+    assert torch.allclose(torch.stack(seen), torch.tensor([0.25, 0.5, 0.75, 1, 1, 1, 1, 1.0]))
+
+
+def test_validation_images_are_none_that_a_row_is_trained_on():
+    config = {"held_out": "validation", "images": 1000, "image_seed": 3}
+    images = recipes._random_images(config)
+    grey = data.load_mnist("train").images[59_000:]
+    assert ((images.sum(0) > 0) <= (grey.sum(0) > 0)).all()
+    assert images.mean().sub(grey.mean()).abs() < 0.01
+    assert torch.equal(images, recipes._random_images(config))
 
 
 def test_a_chain_has_the_kernel_and_the_steps_of_its_options(monkeypatch):

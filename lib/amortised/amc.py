@@ -13,6 +13,7 @@ step                     z for decoder   what the student learns  chain
 :func:`amc_step`         :math:`z_T`     the teacher              from :math:`z_0`
 :func:`avb_step`         :math:`z_0`     ELBO, by a game          none
 :func:`persistent_step`  :math:`z_T`     there is none            from the last visit
+:func:`short_run_step`   :math:`z_T`     there is none            from the prior
 =======================  ==============  =======================  =====================
 
 A step makes one update of each optimiser and returns its losses, as ``training.fit`` wants; bind
@@ -38,7 +39,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, kl_divergence
 from torch.optim import Optimizer
 
 from . import adversarial
@@ -77,9 +78,9 @@ def student_samples(encoder: Encoder, x: Tensor, num_samples: int = 1) -> Tensor
     return _draw(_distribution(encoder, x), num_samples)
 
 
-def _draw(q: Distribution, num_samples: int) -> Tensor:
+def _draw(q: Distribution, *shape: int) -> Tensor:
     """Reparameterised where possible; ``Normal.sample`` reads values, as no CUDA graph may."""
-    return (q.rsample if q.has_rsample else q.sample)((num_samples,))
+    return (q.rsample if q.has_rsample else q.sample)(shape)
 
 
 def _distribution(encoder: Encoder, x: Tensor) -> Distribution:
@@ -475,11 +476,16 @@ def vae_step(
     optimizers: Optimizers,
     *,
     num_samples: int = 1,
+    kl_weight: float | Tensor = 1.0,
 ) -> dict[str, Tensor]:
-    """No chain: student and decoder ascend the ELBO together, its divergence in closed form.
+    r"""No chain: student and decoder ascend the ELBO together, its divergence in closed form.
 
-    :return: the mean of the negative ELBO, ``"loss"``; arguments as in :func:`amc_step`.
+    :param kl_weight: factor of the divergence. Raised from 0 to 1 early in training (KL warm-up) it
+        keeps the encoder from falling back on the prior before the decoder needs z.
+    :return: the mean of the negative ELBO, ``"loss"``; other arguments as in :func:`amc_step`.
     :raises TypeError: when q has no density.
+
+    Source: Kingma and Welling (2014); warm-up: Bowman and others (2016).
 
     >>> from amortised.encoders import GaussianEncoder
     >>> from amortised.models import LinearGaussian
@@ -490,7 +496,10 @@ def vae_step(
     ['loss']
     """
     _check_optimizers(optimizers, {"encoder"})
-    loss = -elbo(model, _distribution(encoder, x), x, num_samples, analytic_kl=True)
+    q = _distribution(encoder, x)
+    loss = -elbo(model, q, x, num_samples, analytic_kl=True)
+    if isinstance(kl_weight, Tensor) or kl_weight != 1.0:
+        loss = loss - (1.0 - kl_weight) * kl_divergence(q, model.prior())
     return {"loss": descend(loss, *optimizers.values())}
 
 
@@ -596,6 +605,29 @@ def persistent_step(
     _check_optimizers(optimizers, {"model"})
     z = teacher(x, chains(index))
     chains.store(index, z)
+    return {"model": descend(-model.log_joint(x, z), optimizers["model"])}
+
+
+def short_run_step(
+    x: Tensor, model: LatentVariableModel, optimizers: Optimizers, *, teacher: Teacher
+) -> dict[str, Tensor]:
+    """No student and no memory: at each visit a chain sets out from the prior anew.
+
+    It is the control of a student: what the same chain does without one.
+
+    :return: the mean loss ``"model"``; arguments as in :func:`amc_step`.
+
+    Source: Nijkamp, Hill, Zhu and Wu (2019), who train energy-based models so; the name is theirs.
+
+    >>> from amortised.models import LinearGaussian
+    >>> model = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
+    >>> optimizers = {"model": torch.optim.Adam(model.parameters())}
+    >>> teacher = partial(teacher_samples, model, num_steps=5, step_size=0.2)
+    >>> list(short_run_step(torch.ones(5, 1), model, optimizers, teacher=teacher))
+    ['model']
+    """
+    _check_optimizers(optimizers, {"model"})
+    z = teacher(x, _draw(model.prior(), 1, len(x)))
     return {"model": descend(-model.log_joint(x, z), optimizers["model"])}
 
 

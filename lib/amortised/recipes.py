@@ -12,6 +12,8 @@ and Salakhutdinov (2016) and Tucker et al. (2019) for those of importance-weight
 """
 
 import hashlib
+import math
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,16 +21,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.optim import Adam, Optimizer
 
-from . import amc, data, evaluation, imputation, mcmc, results
-from .adversarial import Discriminator
+from . import amc, data, diagnostics, evaluation, imputation, mcmc, results
+from .adversarial import Discriminator, InformedDiscriminator
 from .ais import AISSettings, sigmoid_schedule
-from .encoders import GaussianEncoder
+from .encoders import GaussianEncoder, ImplicitEncoder, start_at_prior
 from .fast import RefreshedLikelihood, log_likelihood_and_grad
 from .files import Work
 from .numerics import seeded
-from .objectives import dreg_surrogate, iwae_bound
+from .objectives import dreg_surrogate, elbo, iwae_bound
 
 LATENT_DIM = 32
 #: How to build the decoder, and each encoder that a row can name.
@@ -38,6 +41,15 @@ ARCHITECTURES = {
     "cnn_g": {"class": "ImplicitEncoder", "latent_dim": LATENT_DIM, "noise": "gaussian"},
     "cnn_b": {"class": "ImplicitEncoder", "latent_dim": LATENT_DIM, "noise": "bernoulli"},
 }
+
+#: Long chains that teachers are held to: Hamiltonian, from where the teacher ended.
+LONG_CHAIN = {"num_steps": 50, "num_leapfrog": 10, "step_size": 0.1}
+#: Training images by which a student is brought to the scale of the prior.
+START_IMAGES = 500
+#: The last training images, by which rates are chosen.
+VALIDATION_IMAGES = 1000
+#: Samples of the bound of a student with a density.
+ELBO_SAMPLES = 100
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -120,17 +132,35 @@ def _on_device(module: nn.Module, device: torch.device | str) -> nn.Module:
 
 
 def _adam(network: nn.Module, learning_rate: float, **settings: object) -> Adam:
-    """Adam, on a graphics card in the form that a CUDA graph can hold."""
+    """Adam, on a graphics card in the form that a CUDA graph can hold.
+
+    The three weights of an informed discriminator move on another scale and have a rate of their
+    own.
+    """
     device = next(network.parameters()).device
-    if device.type != "cuda":
-        return Adam(network.parameters(), lr=learning_rate, **settings)
-    rate = torch.tensor(learning_rate, device=device)
-    return Adam(network.parameters(), lr=rate, capturable=True, **settings)
+    is_cuda = device.type == "cuda"
+
+    def rate(value: float) -> float | Tensor:
+        return torch.tensor(value, device=device) if is_cuda else value
+
+    groups = [{"params": network.parameters(), "lr": rate(learning_rate)}]
+    if isinstance(network, InformedDiscriminator):
+        groups[0]["params"] = network.network.parameters()
+        groups.append({"params": [network.weights], "lr": rate(INFORMED_RATE)})
+    return Adam(groups, **({"capturable": True} if is_cuda else {}), **settings)
 
 
 # --- amortised MCMC and its baselines ------------------------------------------------------------
 
 
+#: Learning rate of the weights a, b and c of an informed discriminator.
+INFORMED_RATE = 2e-2
+#: The rules of :mod:`amortised.amc` that a row can name, some with another critic.
+RULES = amc.RULES | {
+    "informed_gan": amc.informed(amc.gan()),
+    "standardised_gan": amc.standardised(amc.gan()),
+    "standardised_relativistic": amc.standardised(amc.relativistic()),
+}
 KERNELS = {
     "none": None,
     "langevin": mcmc.langevin_step,
@@ -162,19 +192,21 @@ def amc_training(
     >>> list(training.step(torch.zeros(5, 784), torch.arange(5)))
     ['loss']
     """
-    method, encoder = config["method"], config["encoder"]
-    is_game = method == "avb" or config["rule"] in ("gan", "wasserstein")
+    method, encoder, rule = config["method"], config["encoder"], RULES.get(config["rule"])
+    is_game = method == "avb" or (rule is not None and rule.is_game)
     networks: dict[str, nn.Module] = {"decoder": _network("decoder", device)}
     if encoder != "none":
         networks["encoder"] = _network(encoder, device)
     if is_game:
-        networks["discriminator"] = _on_device(Discriminator(LATENT_DIM), device)
+        networks["discriminator"] = _on_device(_discriminator(config["rule"]), device)
     if method == "persistent":
         networks["chains"] = amc.PersistentChains(config["training_images"], LATENT_DIM).to(device)
 
     alone = {"learning_rate": config["learning_rate"]}
     game = {"learning_rate": config["game_learning_rate"], "betas": (0.5, 0.999)}
-    settings = {"decoder": alone, "encoder": game if is_game else alone, "discriminator": game}
+    critic = game | {"learning_rate": config.get("discriminator_learning_rate",
+                                                 config["game_learning_rate"])}  # fmt: skip
+    settings = {"decoder": alone, "encoder": game if is_game else alone, "discriminator": critic}
     optimizers = {
         "model" if name == "decoder" else name: _adam(networks[name], **settings[name])
         for name in settings
@@ -189,6 +221,14 @@ def amc_training(
         "chain_bytes": 0 if chains is None else chains.num_bytes,
     }
     return Training(_amc_step(config, networks, optimizers, plain), networks, optimizers, details)
+
+
+def _discriminator(rule: str) -> nn.Module:
+    """The discriminator of a game, by the name of its rule; ``"none"`` is that of AVB."""
+    if rule.startswith("standardised"):
+        return InformedDiscriminator(Discriminator(2 * LATENT_DIM))
+    network = Discriminator(LATENT_DIM)
+    return InformedDiscriminator(network) if rule.startswith("informed") else network
 
 
 def _amc_step(
@@ -216,11 +256,174 @@ def _amc_step(
         return lambda x, index: amc.persistent_step(
             x, index, decoder, networks["chains"], optimizers, teacher=teacher
         )
+    if config["method"] == "short_run":
+        return lambda x, index: amc.short_run_step(x, decoder, optimizers, teacher=teacher)
     samples["discriminator"] = networks.get("discriminator")
     if config["method"] == "avb":
         return lambda x, index: amc.avb_step(x, *trained, **samples)
-    rule = amc.RULES[config["rule"]]._replace(num_critic_steps=config["num_critic_steps"])
+    rule = RULES[config["rule"]]._replace(num_critic_steps=config["num_critic_steps"])
     return lambda x, index: amc.amc_step(x, *trained, teacher=teacher, rule=rule, **samples)
+
+
+# --- students held to their teachers -------------------------------------------------------------
+
+
+class _WarmUp(nn.Module):
+    """A weight that rises from 0 to 1 over the first calls, and stays."""
+
+    def __init__(self, num_calls: int):
+        super().__init__()
+        self.num_calls = num_calls
+        self.register_buffer("done", torch.zeros(()))
+
+    def forward(self) -> Tensor:
+        self.done.add_(1.0)
+        return (self.done / self.num_calls).clamp(max=1.0)
+
+
+def distillation_training(
+    config: Mapping[str, object], device: torch.device | str = "cpu", *, plain: bool = False
+) -> Training:
+    """A row of amortised MCMC, as :func:`amc_training` makes it, from a start that data inform.
+
+    The decoder's output bias is the logit of the mean pixel, and an implicit student starts at the
+    scale of the prior (:func:`amortised.encoders.start_at_prior`). Discriminators have a learning
+    rate of their own, and that of an informed one's weights is ``INFORMED_RATE``. The divergence of
+    the VAE's bound can be warmed up linearly over a share ``kl_warmup`` of the updates.
+
+    :param config: the options of :class:`amortised.studies.DistillationOptions`.
+    :param device: where to put the networks.
+    :param plain: as in :func:`amc_training`.
+    """
+    training = amc_training(config, device, plain=plain)
+    networks, optimizers = training.networks, training.optimizers
+    images = data.load_mnist("train").images[: config["training_images"]]
+    with torch.no_grad():
+        networks["decoder"].start_at_mean(images.to(device))
+        if isinstance(networks.get("encoder"), ImplicitEncoder):
+            few = images[:START_IMAGES].round().to(device)
+            start_at_prior(networks["encoder"], few)
+    if config["kl_warmup"] == 0.0:
+        return training
+    updates = config["epochs"] * math.ceil(len(images) / config["batch_size"])
+    warm_up = _WarmUp(max(1, round(config["kl_warmup"] * updates))).to(device)
+    trained = (networks["decoder"], networks["encoder"], optimizers)
+
+    def step(x: Tensor, index: Tensor) -> Mapping[str, Tensor]:
+        samples = {"num_samples": config["num_student_samples"], "kl_weight": warm_up()}
+        return amc.vae_step(x, *trained, **samples)
+
+    return training._replace(step=step, networks=networks | {"warm-up": warm_up})
+
+
+def evaluate_distillation(run: Run) -> Outcome:
+    """What a row has learned: its decoder by annealing and importance sampling, and its student.
+
+    Random test images (or, to choose rates, random images among the training images that no row is
+    trained on), the same in every run. Hamiltonian annealing on the first ``hais_images``, with
+    bounds on simulated pairs at the same settings; importance sampling from a Gaussian with full
+    covariance that is fitted to each image; :func:`amortised.diagnostics.student_diagnostics` on
+    the first ``diagnostic_images``.
+    """
+    config, work, seed = run.config, run.work, run.seed
+    decoder = _on_device(run.network("decoder"), run.device)
+    x = _random_images(config).to(run.device)
+    per_image, seconds = {}, {}
+    if config["hais_images"]:
+        annealing, few = _annealing(config, seed), x[: config["hais_images"]]
+        hais = evaluation.hais_ll(decoder, few, **annealing, work=work.stage("annealing"))
+        bounds = evaluation.bdmc_ll(
+            decoder, config["simulated_pairs"], **annealing, work=work.stage("bounds")
+        )
+        per_image |= {
+            "hais_ll": hais.log_likelihood,
+            "hais_ess": hais.ess,
+            "hais_acceptance_rate": hais.acceptance_rate,
+            "simulated_lower_bound": bounds.lower,
+            "simulated_upper_bound": bounds.upper,
+            "simulated_gap": bounds.gap,
+        }
+        seconds |= {"annealing": hais.seconds, "bounds": bounds.seconds}
+    proposal = evaluation.fit_full_covariance(decoder, x, seed=seed, work=work.stage("gaussians"))
+    samples = {"num_samples": config["num_samples"], "seed": seed}
+    found = evaluation.importance_sampling_ll(
+        decoder, proposal, x, **samples, work=work.stage("importance")
+    )
+    per_image |= {"full_is_ll": found.log_likelihood, "full_is_ess": found.ess}
+    seconds["importance sampling"] = proposal.seconds + found.seconds
+    encoder = run.network("encoder")
+    if isinstance(encoder, GaussianEncoder):
+        with torch.no_grad():
+            per_image["elbo"] = elbo(decoder, encoder(x), x, ELBO_SAMPLES, analytic_kl=True)
+    if config["diagnostic_images"]:
+        stage = work.stage("diagnostics")
+        diagnosed = stage.load("values")
+        if diagnosed is None:
+            stage.check_time("the decoder is evaluated")
+            diagnosed = _diagnose(run, decoder, x[: config["diagnostic_images"]])
+            stage.save("values", diagnosed)
+        seconds["diagnostics"] = diagnosed.pop("seconds")
+        per_image |= diagnosed
+    return Outcome(per_image, seconds, {})
+
+
+def _random_images(config: Mapping[str, object]) -> Tensor:
+    """Random binary images of the test set, or of the training images that are held back."""
+    chosen = torch.Generator().manual_seed(config["image_seed"])
+    if config["held_out"] == "test":
+        images = data.load_mnist_binary("test").images
+    else:
+        grey = data.load_mnist("train", dtype=torch.uint8).images[-VALIDATION_IMAGES:]
+        images = data.binarise(grey, generator=chosen)
+    return images[torch.randperm(len(images), generator=chosen)[: config["images"]]]
+
+
+def _diagnose(run: Run, decoder: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The student against its teacher, and the teacher against long Hamiltonian chains.
+
+    The student of a row without a chain is held to the long chains; that of short runs is the
+    prior; a table of persistent chains has none.
+    """
+    config, started, acceptance = run.config, time.monotonic(), []
+    if config["method"] == "persistent":
+        return {"seconds": 0.0}
+    torch.manual_seed(run.seed)
+    encoder = run.network("encoder")
+    if encoder is None:
+        encoder = partial(_prior_at, decoder)
+    route = RefreshedLikelihood(decoder)
+
+    def chain(x: Tensor, z: Tensor, **settings: object) -> Tensor:
+        found = amc.teacher_chain(decoder, x, z, route=route, **settings)
+        acceptance.append(found.acceptance_rate)
+        return found.samples[-1]
+
+    kernel = partial(mcmc.hmc_step, num_steps=LONG_CHAIN["num_leapfrog"])
+    long = partial(chain, kernel=kernel, num_steps=LONG_CHAIN["num_steps"],
+                   step_size=LONG_CHAIN["step_size"])  # fmt: skip
+    teacher, has_chain = long, config["kernel"] != "none"
+    if has_chain:
+        teacher = partial(chain, kernel=KERNELS[config["kernel"]], num_steps=config["num_steps"],
+                          step_size=config["step_size"])  # fmt: skip
+    found = diagnostics.student_diagnostics(
+        decoder, encoder, x, teacher=teacher, long_chain=long,
+        num_samples=config["diagnostic_samples"],
+    )  # fmt: skip
+    found["long_chain_acceptance_rate"] = acceptance[1].mean(0)
+    if acceptance[0] is not None:
+        found["teacher_acceptance_rate"] = acceptance[0].mean(0)
+    if config["encoder"] != "none":
+        others = data.load_mnist("train", dtype=torch.uint8).images[: config["classifier_images"]]
+        classifier = _on_device(Discriminator(2 * LATENT_DIM), run.device)
+        found["classifier_auc"] = diagnostics.classifier_auc(
+            classifier, encoder, data.binarise(others).to(run.device), x, teacher=teacher,
+            num_samples=config["diagnostic_samples"], epochs=config["classifier_epochs"],
+        )  # fmt: skip
+    return found | {"seconds": time.monotonic() - started}
+
+
+def _prior_at(decoder: nn.Module, x: Tensor) -> Distribution:
+    return decoder.prior().expand((len(x),))
 
 
 # --- variational auto-encoders -------------------------------------------------------------------
@@ -443,6 +646,7 @@ def _impute(run: Run, number: int, kind: str) -> dict:
 #: What a study of ``workflow/experiments.yaml`` can name as its ``recipe``.
 RECIPES: dict[str, Recipe] = {
     "amc": Recipe(amc_training, evaluate_decoder),
+    "distillation": Recipe(distillation_training, evaluate_distillation),
     "vae": Recipe(vae_training, evaluate_decoder),
     "teacher": Recipe(teacher_training, evaluate_teacher),
     "imputation": Recipe(None, evaluate_imputation),

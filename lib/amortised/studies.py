@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from . import data
-from .recipes import RECIPES
+from .recipes import RECIPES, RULES, VALIDATION_IMAGES
 from .schemas import FormatError, Name, Seed, Sha256, Strict, validate
 
 #: ``laptop``: minutes to an hour on one core, three seeds. ``full``: on a GPU.
@@ -32,13 +32,27 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 # --- options of the recipes ----------------------------------------------------------------------
 
 
-class TrainingOptions(Strict):
-    """Options of every recipe that trains."""
+class MinibatchOptions(Strict):
+    """Options of every recipe that trains on minibatches of the training images."""
 
     training_images: Annotated[int, Field(ge=1, le=60_000)]
     epochs: PositiveInt
     batch_size: Annotated[int, Field(ge=1, le=60_000)]
     learning_rate: Positive
+
+    @model_validator(mode="after")
+    def _a_batch_fits(self) -> Self:
+        if self.batch_size > self.training_images:
+            raise ValueError(
+                f"batch_size = {self.batch_size} is more than training_images = "
+                f"{self.training_images}"
+            )
+        return self
+
+
+class TrainingOptions(MinibatchOptions):
+    """Options of training and of :func:`amortised.recipes.evaluate_decoder`."""
+
     #: Samples of the encoder for each image.
     num_student_samples: PositiveInt
 
@@ -53,23 +67,15 @@ class TrainingOptions(Strict):
     proposal_epochs: PositiveInt
     evaluation_dtype: Dtype
 
-    @model_validator(mode="after")
-    def _a_batch_fits(self) -> Self:
-        if self.batch_size > self.training_images:
-            raise ValueError(
-                f"batch_size = {self.batch_size} is more than training_images = "
-                f"{self.training_images}"
-            )
-        return self
 
-
-class AmcOptions(TrainingOptions):
+class _MethodOptions(MinibatchOptions):
     """Options of :func:`amortised.recipes.amc_training`."""
 
-    method: Literal["vae", "mcmc_vi", "amc", "avb", "persistent"]
+    num_student_samples: PositiveInt
+    method: Literal["vae", "mcmc_vi", "amc", "avb", "persistent", "short_run"]
     encoder: Encoder
     kernel: Literal["none", "langevin", "mala", "hmc"]
-    rule: Literal["none", "gan", "wasserstein", "mmd", "inclusive_kl"]
+    rule: Literal["none", *RULES]
     num_steps: Annotated[int, Field(ge=0)]
     step_size: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     num_leapfrog_steps: PositiveInt
@@ -79,10 +85,11 @@ class AmcOptions(TrainingOptions):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        has_chain = self.method in ("mcmc_vi", "amc", "persistent")
+        alone = self.method in ("persistent", "short_run")
+        has_chain = self.method in ("mcmc_vi", "amc") or alone
         needs_density = self.method in ("vae", "mcmc_vi") or self.rule == "inclusive_kl"
         fits = {
-            "encoder": (self.encoder == "none") == (self.method == "persistent")
+            "encoder": (self.encoder == "none") == alone
             and (self.encoder == "gaussian" or not needs_density),
             "kernel": has_chain == (self.kernel != "none"),
             "num_steps": has_chain == (self.num_steps > 0),
@@ -93,10 +100,60 @@ class AmcOptions(TrainingOptions):
         for name in (name for name, fit in fits.items() if not fit):
             raise ValueError(
                 f"{name} = {getattr(self, name)!r} does not go with method = {self.method!r}, "
-                f"rule = {self.rule!r}. The chain of mcmc_vi, amc and persistent needs a kernel, "
-                "steps and a step size; vae, mcmc_vi and inclusive_kl need a Gaussian encoder, "
-                "persistent takes none; a rule belongs to amc, and mmd needs 8 samples or more"
+                f"rule = {self.rule!r}. The chain of mcmc_vi, amc, persistent and short_run needs "
+                "a kernel, steps and a step size; vae, mcmc_vi and inclusive_kl need a Gaussian "
+                "encoder, persistent and short_run take none; a rule belongs to amc, and mmd needs "
+                "8 samples or more"
             )
+        return self
+
+
+class AmcOptions(_MethodOptions, TrainingOptions):
+    """Options of :func:`amortised.recipes.amc_training` and its evaluation."""
+
+
+class DistillationOptions(_MethodOptions):
+    """Options of :func:`amortised.recipes.distillation_training` and its evaluation."""
+
+    discriminator_learning_rate: Positive
+    #: Share of the updates over which the divergence of a VAE's bound is warmed up.
+    kl_warmup: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+    held_out: Literal["test", "validation"]
+    """Which images the evaluation draws from; the following are its settings, too."""
+    images: Annotated[int, Field(ge=2, le=10_000)]
+    image_seed: Seed
+    #: Samples of the Gaussian that is fitted to an image.
+    num_samples: PositiveInt
+    hais_images: NonNegativeInt
+    num_chains: PositiveInt
+    pilot_chains: PositiveInt
+    num_temperatures: PositiveInt
+    num_leapfrog: PositiveInt
+    persistence: Annotated[float, Field(ge=0, lt=1)]
+    simulated_pairs: Annotated[int, Field(ge=2)]
+    diagnostic_images: NonNegativeInt
+    #: Draws of the student for each image.
+    diagnostic_samples: Annotated[int, Field(ge=4)]
+    #: Training images that the classifier of student and teacher is fitted to.
+    classifier_images: PositiveInt
+    classifier_epochs: PositiveInt
+
+    @model_validator(mode="after")
+    def _images_fit(self) -> Self:
+        for name in ("hais_images", "diagnostic_images"):
+            if getattr(self, name) > self.images:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} is more than images = {self.images}"
+                )
+        held_back = 60_000 - VALIDATION_IMAGES
+        if self.held_out == "validation" and self.training_images > held_back:
+            raise ValueError(
+                f"training_images = {self.training_images} reaches into the validation images; "
+                f"at most {held_back}"
+            )
+        if self.kl_warmup > 0 and self.method != "vae":
+            raise ValueError(f"kl_warmup = {self.kl_warmup} belongs to method = 'vae'")
         return self
 
 
@@ -162,6 +219,7 @@ class ImputationOptions(Strict):
 #: The options of each recipe of :data:`amortised.recipes.RECIPES`.
 OPTIONS = {
     "amc": AmcOptions,
+    "distillation": DistillationOptions,
     "vae": VaeOptions,
     "teacher": TeacherOptions,
     "imputation": ImputationOptions,
