@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from .hvae import Path
 from .models import LatentVariableModel
@@ -114,19 +114,51 @@ def funnel(scale: float = 1.5) -> Density:
     return Density(log_density, 2, 0.0)
 
 
+#: Targets by name.
+TARGETS: dict[str, Callable[[], LatentVariableModel]] = {
+    "ring": Ring,
+    "eight_gaussians": eight_gaussians,
+    "funnel": funnel,
+}
+
+
 def circular_coverage(z: Tensor, num_sectors: int = 16) -> Tensor:
     """Share of the sectors around the origin that hold at least half of an equal share of points.
+
+    The first sector is centred on the positive first axis, so that each of as many modes on a
+    circle, such as :func:`mode_centres`, has a sector of its own.
 
     :param z: points in the plane, ``[S, B, 2]``.
     :return: ``[B]``, from 1 / num_sectors to 1.
 
-    >>> circular_coverage(torch.tensor([[[1.0, 0.1]], [[1.0, 0.2]]]))
+    >>> circular_coverage(torch.tensor([[[1.0, 0.1]], [[1.0, -0.1]]]))
     tensor([0.0625])
     """
-    angle = torch.atan2(z[..., 1], z[..., 0]) / (2 * math.pi) + 0.5
-    sector = (angle * num_sectors).long().clamp(max=num_sectors - 1)
+    angle = torch.atan2(z[..., 1], z[..., 0]) / (2 * math.pi) + 1.0
+    sector = (angle * num_sectors + 0.5).long() % num_sectors
     share = nn.functional.one_hot(sector, num_sectors).to(z.dtype).mean(0)
     return (share >= 0.5 / num_sectors).to(z.dtype).mean(-1)
+
+
+def importance_path(
+    model: LatentVariableModel, q: Distribution, x: Tensor, num_samples: int, *, num_inner: int
+) -> Path:
+    """Several draws of q as one path: their mean weight, and one of them chosen by its weight.
+
+    :param num_inner: draws of a path.
+    :return: a :class:`amortised.hvae.Path`, whose bound is the importance-weighted one.
+
+    >>> model, x = funnel(), torch.zeros(3, 1)
+    >>> q = FreeGaussian(torch.zeros(3, 2))(x)
+    >>> importance_path(model, q, x, 7, num_inner=5).z.shape
+    torch.Size([7, 3, 2])
+    """
+    z = q.rsample((num_samples, num_inner))
+    log_weights = model.log_joint(x, z) - q.log_prob(z)
+    chosen = Categorical(logits=log_weights.movedim(1, -1)).sample()[:, None, :, None]
+    combined = log_mean_exp(log_weights, dim=1)
+    ends = z.gather(1, chosen.expand(-1, 1, -1, z.shape[-1]))[:, 0]
+    return Path(combined, ends, torch.zeros_like(combined), combined.new_empty(0))
 
 
 class FreeGaussian(nn.Module):
