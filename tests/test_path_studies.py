@@ -14,9 +14,18 @@ SMALL |= {"num_chains": 2, "pilot_chains": 1, "num_temperatures": 3, "simulated_
 
 
 def test_rows_share_everything_but_their_path():
-    own = {"path", "num_steps", "tempering", "acceptance", "kept_momentum", "varied", "encoder"}
+    own = {
+        "path",
+        "num_steps",
+        "tempering",
+        "acceptance",
+        "kept_momentum",
+        "varied",
+        "encoder",
+        "epochs",
+    }
     shared = [{k: v for k, v in e.config.items() if k not in own} for e in BOUNDS.values()]
-    assert all(config == shared[0] for config in shared) and len(BOUNDS) == 24
+    assert all(config == shared[0] for config in shared) and len(BOUNDS) == 26
     assert len({e.seed for e in STUDIES["chain_bounds"]}) == 3
 
 
