@@ -55,6 +55,7 @@ checks.parameters(
 
 # %% tags=["hide-input"]
 import math
+import re
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -63,30 +64,31 @@ from IPython.display import display
 from torch import nn
 from torch.distributions import Independent, Normal
 
-from amortised import data, evaluation, hvae, mcvae, plotting, results, tables, targets
+from amortised import data, evaluation, mcvae, plotting, results, tables, targets
 from amortised.hvae import HamiltonianFlow, hvae_path
 from amortised.mcmc import leapfrog_step
 from amortised.mcvae import Bridge, LeapfrogMap, Maps, RealNVP, ScoreNetwork
-from amortised.mcvae import annealed_path, langevin_path, metvae_path, uha_path
 from amortised.models import ConvBernoulli, LinearGaussian
 from amortised.numerics import log_mean_exp, value_and_grad
 from amortised.results import markdown_table, mean_and_se
 
 torch.manual_seed(seed)
 plotting.use_style()
-EXACT, Q, BOUND, OTHER = (
-    plotting.COLOURS[n] for n in ("exact", "approximation", "bound", "highlight")
-)
+EXACT, Q = plotting.COLOURS["exact"], plotting.COLOURS["approximation"]
 
 
-def claim(statement: str, is_true: object) -> None:
-    assert bool(is_true), statement
-    print("✓", statement)
+# %% tags=["hide-input"]
+def claim(statement: str, is_true: object, when: bool = True) -> None:
+    """Assert it, where the chapter runs at a size that can support it."""
+    assert bool(is_true) or not when, statement
+    print("✓" if when else "(not tested at this size)", statement)
 
 
 def estimate(values: torch.Tensor) -> results.Estimate:
     return mean_and_se(values.flatten())
 
+
+is_trained = num_updates >= 100
 
 # %% [markdown]
 # ## One identity
@@ -175,7 +177,7 @@ def importance_weighted(path):  # S paths as one tighter bound
     return log_mean_exp(path.log_weights, dim=0)
 
 
-def mean_ratio(path, log_evidence):  # 1 if the method is right, whatever its settings
+def mean_ratio(path, log_evidence):  # 1 if the method is right
     return estimate((path.log_weights - log_evidence).exp())
 
 
@@ -260,7 +262,7 @@ rows = [[n, estimate(w), estimate((w - truth).exp())] for n, w in weights.items(
 display(markdown_table(["K = 3, cooled", "bound", "mean of p̂ / p(x)"], rows, 3))
 print(f"log p(x) = {truth:.6f}")
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
 own = hamiltonian_log_weight(log_joint, q_scalar, z0, noise, 0.3, cooling).detach()
 same = torch.allclose(own, weights["right sign"], atol=1e-4)
@@ -281,8 +283,10 @@ step = torch.tensor(0.3, requires_grad=True)
 full = hamiltonian_log_weight(log_joint, q_scalar, z0, noise, step, cooling)
 replaced = full - noise_squared + 0.5
 print(f"standard deviations: full {full.std():.1f}, replaced {replaced.std():.1f}")
-slopes = [torch.autograd.grad(w[3].sum(), step, retain_graph=True)[0]
-          for w in (full, replaced)]  # fmt: skip
+slopes = [
+    torch.autograd.grad(w[3].sum(), step, retain_graph=True)[0]  # of path 3
+    for w in (full, replaced)
+]
 claim("replacing adds noise", replaced.std() > 1.2 * full.std())
 claim("the gradient of a path is the same to the bit", torch.equal(*slopes))
 
@@ -307,8 +311,8 @@ def kept_megabytes(K, **options):
 
 
 sizes = {K: (kept_megabytes(K), kept_megabytes(K, recompute=True)) for K in (1, 10)}
-print("all kept, 10 steps to 1: {:.1f}".format(sizes[10][0] / sizes[1][0]))
-print("recomputed, 10 steps to 1: {:.1f}".format(sizes[10][1] / sizes[1][1]))
+print(f"all kept, 10 steps to 1: {sizes[10][0] / sizes[1][0]:.1f}")
+print(f"recomputed, 10 steps to 1: {sizes[10][1] / sizes[1][1]:.1f}")
 
 # %% [markdown]
 # ### Tempering
@@ -327,10 +331,11 @@ print("recomputed, 10 steps to 1: {:.1f}".format(sizes[10][1] / sizes[1][1]))
 
 # %%
 def exact_bound(K, step_size, alphas=None, eta=None):
-    """Rows of coefficients; eta is None without refresh, else the path is a bridge."""
+    """Rows of coefficients; a path with an eta refreshes and is on the bridge."""
     alphas = torch.ones(K) if alphas is None else alphas
     x, z, rho, *fresh = torch.eye(K + 3).double()
-    x, rho, total = 1.5 * x, rho / alphas.prod(), z @ z + rho @ rho - math.log(2 * math.pi)
+    total = z @ z + rho @ rho - math.log(2 * math.pi)
+    x, rho = 1.5 * x, rho / alphas.prod()
     for k in range(K):
         beta = 1.0 if eta is None else (k + 1) / (K + 1)
         force = partial(lambda z, b: (None, b * (x - z) - z), b=beta)
@@ -344,16 +349,19 @@ def exact_bound(K, step_size, alphas=None, eta=None):
 
 # %%
 # NBVAL_CHECK_OUTPUT
-paper, code = (HamiltonianFlow(1, 5, rule, beta0=0.5).alphas() for rule in hvae.FIXED_RULES)
-free = torch.full((3,), 0.9)
-print(f"log p(x) {truth:.4f}, plain ELBO (K = 0) {exact_bound(0, 0.3):.4f}")
-for name, K, alphas in [
-    ("none", 3, None), ("free, all 0.9", 3, free), ("paper", 5, paper), ("mnist_code", 5, code)
-]:  # fmt: skip
-    print(f"K = {K}, tempering {name}: {exact_bound(K, 0.3, alphas):.4f}")
-hot = HamiltonianFlow(1, 10, "paper", beta0=0.1).alphas()
-print(f"K = 10, paper from beta0 = 0.1: {exact_bound(10, 0.3, hot):.4f}")
-claim("ten steps can be worse than none", exact_bound(10, 0.3, hot) < exact_bound(0, 0.3))
+flows = {
+    "K = 3, not cooled": torch.ones(3),
+    "K = 3, all 0.9": torch.full((3,), 0.9),
+    "K = 5, paper": HamiltonianFlow(1, 5, "paper", beta0=0.5).alphas(),
+    "K = 5, mnist_code": HamiltonianFlow(1, 5, "mnist_code", beta0=0.5).alphas(),
+    "K = 10, hot": HamiltonianFlow(1, 10, "paper", beta0=0.1).alphas(),
+}
+plain_elbo = exact_bound(0, 0.3)
+print(f"log p(x) {truth:.4f}, plain ELBO {plain_elbo:.4f}")
+bounds = {name: exact_bound(len(a), 0.3, a) for name, a in flows.items()}
+for name, value in bounds.items():
+    print(f"{name}: {value:.4f}")
+claim("ten steps can be worse than none", bounds["K = 10, hot"] < plain_elbo)
 
 # %% [markdown]
 # The last line deserves a pause. Each setting gives a valid bound, and a longer chain with a hot start and an untuned step gives a *worse* one than no chain. The flow pays for the disorder of its momentum: $\tfrac12 \lVert \gamma \rVert^2 - \tfrac12 \lVert \rho_K \rVert^2$ is negative on average unless the cooling has really taken the energy out. A Markov chain improves with length because its kernel leaves the target invariant; a flow has no such guarantee and must be trained.
@@ -372,8 +380,9 @@ def two_modes(z):
 isolated = targets.Density(two_modes, 1, log_normaliser=0.0)
 q_mode = Independent(Normal(torch.tensor([[-2.0]]), scale), 1)
 runs = {}
-for name, beta0 in (("no tempering", None), ("beta0 = 0.1", 0.1), ("beta0 = 0.03", 0.03)):
-    rule = "none" if beta0 is None else "paper"
+heats = {"no tempering": 1.0, "beta0 = 0.1": 0.1, "beta0 = 0.03": 0.03}
+for name, beta0 in heats.items():
+    rule = "none" if beta0 == 1.0 else "paper"
     for step_size in (0.05, 0.1, 0.2, 0.3, 0.4):
         flow = HamiltonianFlow(1, 20, rule, step_size=step_size, beta0=beta0)
         with torch.no_grad():
@@ -385,24 +394,25 @@ for name, beta0 in (("no tempering", None), ("beta0 = 0.1", 0.1), ("beta0 = 0.03
 grid = torch.linspace(-5, 5, 400)
 figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.4), sharey=True)
 for ax, (name, path) in zip(axes, runs.items(), strict=True):
-    ax.hist(path.z.flatten(), bins=60, range=(-5, 5), density=True, color=Q, alpha=0.6)
+    bins = torch.linspace(-5, 5, 61).numpy()
+    ax.hist(path.z.flatten(), bins, density=True, color=Q, alpha=0.6)
     ax.plot(grid, isolated.log_joint(None, grid[:, None]).exp(), color=EXACT)
     ax.set(title=name, xlabel="z", ylim=(0, 0.9))
 axes[0].set_ylabel("density")
 plt.show()
 
-# %%
+# %% tags=["hide-input"]
 rows = []
 for name, path in runs.items():
-    crossed = (path.z > 0).float().mean().item()
-    rows.append([name, estimate(path.log_weights), crossed,
-                 estimate(path.log_weights.exp())])  # fmt: skip
-markdown_table(["flow", "bound (log p = 0)", "share at the right", "mean of p̂ (p = 1)"], rows)
+    crossed, weights = (path.z > 0).float().mean().item(), path.log_weights
+    rows.append([name, estimate(weights), crossed, estimate(weights.exp())])
+titles = ["flow", "bound (log p = 0)", "share at the right", "mean of p̂ (p = 1)"]
+markdown_table(titles, rows)
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
 share = {name: (path.z > 0).float().mean().item() for name, path in runs.items()}
-claim("without tempering fewer than 1 % of the paths cross", share["no tempering"] < 0.01)
+claim("without tempering fewer than 1 % cross", share["no tempering"] < 0.01)
 claim("with tempering more than 5 % do", min(list(share.values())[1:]) > 0.05)
 
 # %% [markdown]
@@ -412,55 +422,62 @@ claim("with tempering more than 5 % do", min(list(share.values())[1:]) > 0.05)
 # {numref}`fig-hvae-flow` shows a trained flow on the posterior of chapter 1 whose two causes are known only by their sum: $x = z_1 + z_2 + \text{noise}$. A diagonal $q_0$ cannot be correlated; momentum can make it so. The control has the same steps and no cooling.
 
 # %%
-two_causes = LinearGaussian(torch.ones(1, 2), torch.zeros(1), 0.3).requires_grad_(False)
+two_causes = LinearGaussian(torch.ones(1, 2), torch.zeros(1), 0.3)
+two_causes.requires_grad_(False)
 fits = {}
-for name, K, rule in (
-    ("mean field", 0, "none"), ("flow, not cooled", 12, "none"), ("flow, cooled", 12, "free")
-):  # fmt: skip
+for name, K, rule in [
+    ("mean field", 0, "none"),
+    ("flow, not cooled", 12, "none"),
+    ("flow, cooled", 12, "free"),
+]:
     torch.manual_seed(seed)
     encoder = targets.FreeGaussian(torch.tensor([[0.5, 0.5]]), 0.5)
     flow = HamiltonianFlow(2, K, rule, step_size=0.2, varied=True)
     path_fn = partial(hvae_path, flow=flow)
-    sizes = dict(num_updates=2 * num_updates, learning_rate=0.03)
-    targets.fit_path(path_fn, two_causes, encoder, x_scalar, learned=flow, **sizes)
+    fit = dict(learned=flow, num_updates=2 * num_updates, learning_rate=0.03)
+    targets.fit_path(path_fn, two_causes, encoder, x_scalar, **fit)
     with torch.no_grad():
         path = path_fn(two_causes, encoder(x_scalar), x_scalar, num_paths)
         fits[name] = encoder(x_scalar), flow, path
+
+# %% tags=["hide-input"]
 log_two = two_causes.log_evidence(x_scalar).item()
 rows = [[n, estimate(log_two - p.log_weights)] for n, (*_, p) in fits.items()]
 markdown_table(["two causes", "bound gap, nats"], rows)
 
 # %% tags=["hide-input"]
 q_flow, flow, _ = fits["flow, cooled"]
-states = []
 with torch.no_grad():
     z, noise = q_flow.rsample((200,)), torch.randn(200, 1, 2)
     log_two_causes = partial(two_causes.log_joint, x_scalar)
     evaluate, alphas = partial(value_and_grad, log_two_causes), flow.alphas()
     state = (z, noise / alphas.prod(), *evaluate(z))
-    heat = torch.cat([alphas.new_ones(1), alphas.flip(0).cumprod(0)]).flip(0).square()
-    for step_size, alpha in [(None, None), *zip(flow.step_sizes(), alphas, strict=True)]:
-        if alpha is not None:
-            state = leapfrog_step(state, evaluate, step_size)
-            state = state._replace(momentum=alpha * state.momentum)
-        states.append((state[0][:, 0], state[1][:, 0]))
+    heat = [alphas[k:].prod().item() ** 2 for k in range(len(alphas) + 1)]
+    states = [(state[0][:, 0], state[1][:, 0])]
+    for step_size, alpha in zip(flow.step_sizes(), alphas, strict=True):
+        state = leapfrog_step(state, evaluate, step_size)
+        state = state._replace(momentum=alpha * state.momentum)
+        states.append((state.z[:, 0], state.momentum[:, 0]))
 
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-flow", "caption": "The cooled flow, step by step: 200 draws of $q_0$ and where they are carried. Contours hold 50, 80 and 95 per cent of the posterior. Arrows show the momenta of 25 of the draws. The title gives the steps done and $\\beta_k$, the inverse temperature, which ends at one."}, "image": {"alt": "An animation of thirteen frames: a round cloud of points in the middle of a long thin tilted ellipse turns and stretches until it fills the ellipse. Arrows of all directions grow and shrink."}}
 def draw(figure, frame):
-    ax = figure.subplots()
-    plotting.show_density(
-        lambda z: log_two_causes(z.float()).reshape(z.shape[:-1]), (-2, 3.5, -2, 3.5), ax=ax
-    )
-    z, momentum = states[frame]
+    ax, extent = figure.subplots(), (-2, 3.5, -2, 3.5)
+
+    def log_density(z):
+        return log_two_causes(z.float()).reshape(z.shape[:-1])
+
+    plotting.show_density(log_density, extent, ax=ax)
+    (z, momentum), ink = states[frame], plotting.GREY
     ax.scatter(*z.T, s=6, color=Q)
-    ax.quiver(*z[:25].T, *momentum[:25].T, color=plotting.GREY, scale=30, width=0.005)
+    ax.quiver(*z[:25].T, *momentum[:25].T, color=ink, scale=30, width=0.005)
     ax.set(xlabel="z₁", ylabel="z₂", xlim=(-2, 3.5), ylim=(-2, 3.5))
     ax.set_title(f"step {frame} of {len(states) - 1}, β = {heat[frame]:.2f}")
 
 
 alt = "Draws of a round Gaussian are carried along a tilted ellipse."
-plotting.animate(draw, len(states), size=(3.6, 3.6), fps=2, num_colours=32, dpi=100, alt=alt)
+look = dict(size=(3.6, 3.6), fps=2, num_colours=32, dpi=100, alt=alt)
+plotting.animate(draw, len(states), **look)
 
 # %% [markdown]
 # ## Random steps: the price of fresh momentum
@@ -520,7 +537,7 @@ for name, eta in (("L-MCVAE", 0.0), ("UHA", 0.5)):
     with torch.no_grad():
         own = annealed_dynamics(log_joint, q_scalar, z0, half, betas, eta)
     bridge = Bridge(1, 5, step_size=half, persistence=eta)
-    library = on_scalar(uha_path, bridge).log_weights
+    library = on_scalar(mcvae.uha_path, bridge).log_weights
     exact = exact_bound(5, half, eta=eta)
     print(f"{name}, K = 5: exact bound {exact:.4f}")
     for values in (own, library):
@@ -540,7 +557,10 @@ for name, eta in (("L-MCVAE", 0.0), ("UHA", 0.5)):
 def skipping_log_weight(z, step_size, betas, least=0.1):
     log_weight = -q_scalar.log_prob(z)
     for beta in betas:
-        bridge = lambda z, b=beta: torch.lerp(q_scalar.log_prob(z), log_joint(z), b)
+
+        def bridge(z, b=beta):
+            return torch.lerp(q_scalar.log_prob(z), log_joint(z), b)
+
         evaluate, rho = partial(value_and_grad, bridge), torch.randn_like(z)
         value, grad = evaluate(z)
         end = leapfrog_step((z, rho, value, grad), evaluate, step_size)
@@ -556,7 +576,8 @@ def skipping_log_weight(z, step_size, betas, least=0.1):
 large = 1.6**0.5
 many = torch.randn(10 * num_draws, 1, 1)
 skipped, moves = skipping_log_weight(many, large, betas)
-kept = on_scalar(uha_path, Bridge(1, 5, step_size=large, max_step_size=2.0), len(many))
+long = Bridge(1, 5, step_size=large, max_step_size=2.0)
+kept = on_scalar(mcvae.uha_path, long, len(many))
 skipped = estimate((skipped - truth).exp())
 print("mean of p̂ / p(x), skipping, to one digit:", f"{skipped.mean:.1f}")
 ratio = mean_ratio(kept, truth)
@@ -588,17 +609,16 @@ claim("skipping overestimates p(x)", skipped.mean - 1 > 4 * skipped.se)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-annealed = Bridge(1, 3, step_size=0.9)
-slopes = {"path": [], "score": []}
+annealed, slopes = Bridge(1, 3, step_size=0.9), {"path": [], "score": []}
 for _ in range(200):
-    path = annealed_path(scalar, q_scalar, x_scalar, 10, settings=annealed)
+    path = mcvae.annealed_path(scalar, q_scalar, x_scalar, 10, settings=annealed)
     weight, decisions = path.log_weights, path.log_decisions
     others = (weight.sum(0) - weight) / 9
     terms = {"path": weight, "score": (weight - others).detach() * decisions}
     for name, term in terms.items():
         inputs = (annealed.raw_step_size,)
         slopes[name] += torch.autograd.grad(term.mean(), inputs, retain_graph=True)
-variance = {name: torch.stack(values).var().item() for name, values in slopes.items()}
+variance = {name: torch.stack(values).var() for name, values in slopes.items()}
 part = variance["score"] / sum(variance.values())
 print(f"acceptance {path.acceptance.mean():.1f}")
 claim("the score term brings most of the variance", part > 0.5)
@@ -639,12 +659,14 @@ def decided(accept):
 
 # %%
 # NBVAL_CHECK_OUTPUT
-barker, metropolis = torch.sigmoid(there - here), (there - here).exp().clamp(max=1.0)
+barker = torch.sigmoid(there - here)
+metropolis = (there - here).exp().clamp(max=1.0)
 for name, accept in (("Barker", barker), ("Metropolis", metropolis)):
-    print("{}: mean of p̂ / p(x) {:.2f}, bound {:.2f}".format(name, *decided(accept)))
+    mean, low = decided(accept)
+    print(f"{name}: mean of p̂ / p(x) {mean:.2f}, bound {low:.2f}")
 both = there - barker.log(), here - (1 - barker).log()
-claim("Barker: the weight does not depend on the last decision",
-      torch.allclose(*both, atol=1e-3))  # fmt: skip
+same = torch.allclose(*both, atol=1e-3)
+claim("Barker: the weight does not depend on the last decision", same)
 
 # %% [markdown]
 # ```{admonition} Correction: Metropolis inside MetFlow
@@ -656,46 +678,59 @@ claim("Barker: the weight does not depend on the last decision",
 #
 # ## The oracle table
 #
-# Every method on the scalar model, with a step that nobody tuned: the mean of $\hat p / p(x)$ must be one, the bound must agree with its exact value where we have one, and lie below $\log p(x)$ everywhere. The last rows are there to fail.
+# Every method on the scalar model, with five steps ($K = 3$ for maps) of a size that nobody tuned, and random networks where a network is to be learned: the mean of $\hat p / p(x)$ must be one, the bound must agree with its exact value where we have one, and lie below $\log p(x)$ everywhere. The last rows are there to fail.
 
 # %%
 torch.manual_seed(seed + 1)
 scored = Bridge(1, 5, step_size=half, persistence=0.5, score=ScoreNetwork(1))
 thrown = Bridge(1, 5, step_size=half, on_target=True, score=ScoreNetwork(1))
-for network in (scored.score, thrown.score):
-    nn.init.normal_(network.layers[-1].weight, std=0.3)  # any reverse kernel will do
+for network in (scored.score, thrown.score):  # any reverse kernel will do
+    nn.init.normal_(network.layers[-1].weight, std=0.3)
 cooled = HamiltonianFlow(1, 5, "paper", step_size=0.3, beta0=0.5)
-maps = [LeapfrogMap(1, 0.3) for _ in range(3)]
+plain_bridge, maps = Bridge(1, 5, step_size=half), [LeapfrogMap(1, 0.3)] * 3
 oracle = {
-    "plain ELBO (no step)": (metvae_path, Maps([]), exact_bound(0, 0.3)),
-    "HVAE, K = 5, cooled": (hvae_path, cooled, exact_bound(5, 0.3, paper)),
-    "HVI, K = 5, random network": (uha_path, thrown, None),
-    "L-MCVAE, K = 5": (langevin_path, Bridge(1, 5, step_size=half), exact_bound(5, half, eta=0)),
-    "UHA, K = 5, half kept": (uha_path, bridge, exact_bound(5, half, eta=0.5)),
-    "MCD, K = 5, random network": (uha_path, scored, None),
-    "A-MCVAE, K = 5": (annealed_path, Bridge(1, 5, step_size=half), None),
-    "MetVAE, K = 1, Barker": (metvae_path, Maps(maps[:1]), decided(barker)[1]),
-    "MetVAE, K = 3, Barker": (metvae_path, Maps(maps), None),
-    "always accepted, K = 3": (metvae_path, Maps(maps, "always"), exact_bound(3, 0.3)),
+    "plain ELBO": (mcvae.metvae_path, Maps([])),
+    "HVAE": (hvae_path, cooled),
+    "HVI": (mcvae.uha_path, thrown),
+    "L-MCVAE": (mcvae.langevin_path, plain_bridge),
+    "UHA": (mcvae.uha_path, bridge),
+    "MCD": (mcvae.uha_path, scored),
+    "A-MCVAE": (mcvae.annealed_path, plain_bridge),
+    "MetFlow, one map": (mcvae.metvae_path, Maps(maps[:1])),
+    "MetFlow": (mcvae.metvae_path, Maps(maps)),
+    "always accepted": (mcvae.metvae_path, Maps(maps, "always")),
+}
+
+# %% tags=["hide-input"]
+exact = {
+    "plain ELBO": plain_elbo,
+    "HVAE": bounds["K = 5, paper"],
+    "L-MCVAE": exact_bound(5, half, eta=0.0),
+    "UHA": exact_bound(5, half, eta=0.5),
+    "MetFlow, one map": decided(barker)[1],
+    "always accepted": bounds["K = 3, not cooled"],
 }
 
 # %%
 # NBVAL_CHECK_OUTPUT
-rows = []
-for name, (path_fn, settings, exact) in oracle.items():
+rows, ratios = [], {}
+for name, (path_fn, settings) in oracle.items():
     path = on_scalar(path_fn, settings)
     ratio, low = mean_ratio(path, truth), estimate(path.log_weights)
-    rows.append([name, ratio, low, exact])
-    assert abs(ratio.mean - 1) < 4 * ratio.se and low.mean < truth + 4 * low.se, name
-    assert exact is None or abs(low.mean - exact) < 4 * low.se, name
-wrong = on_scalar(metvae_path, Maps(maps[:1], "metropolis"))
-rows.append(["planted: MetVAE, K = 1, Metropolis", mean_ratio(wrong, truth),
-             estimate(wrong.log_weights), decided(metropolis)[1]])  # fmt: skip
-rows.append(["planted: L-MCVAE that skips", skipped, None, None])
-print(f"{len(oracle)} of {len(oracle)} methods: unbiased, and a bound, within 4 errors")
+    rows.append([name, ratio, low, exact.get(name)])
+    ratios[name] = ratio
+    checks.within_error(ratio.mean, 1.0, ratio.se, label=f"{name}: mean weight")
+    if name in exact:
+        checks.within_error(low.mean, exact[name], low.se, label=f"{name}: bound")
+    claim("and it is below log p(x)", low.mean < truth)
 
-# %%
-markdown_table(["scalar model", "mean of p̂ / p(x)", "bound", "exact bound"], rows, 3)
+# %% tags=["hide-input"]
+wrong = on_scalar(mcvae.metvae_path, Maps(maps[:1], "metropolis"))
+ratio, low = mean_ratio(wrong, truth), estimate(wrong.log_weights)
+rows += [["planted: Metropolis, one map", ratio, low, decided(metropolis)[1]]]
+rows += [["planted: L-MCVAE that skips", skipped, None, None]]
+titles = ["scalar model", "mean of p̂ / p(x)", "bound", "exact bound"]
+markdown_table(titles, rows, 3)
 
 # %% [markdown]
 # The standard error of the Metropolis row means little: its weights have no finite variance, because $\alpha(0)$ goes to zero where $t$ goes to one. That is why it was integrated above. (The library's tests add a five-dimensional linear model and a Bernoulli decoder with an exact evidence, gradients against finite differences, and Jacobians.)
@@ -717,30 +752,31 @@ def make(name, dim, K, step_size=0.15):
         rule = "none" if "not" in name else "free"
         flow = HamiltonianFlow(dim, K, rule, beta0=0.8, **step)
         return partial(hvae_path, flow=flow), flow
-    if name in ("MetFlow", "RealNVP, decided", "RealNVP, always"):
-        blocks = [
-            RealNVP(dim, 16) if "NVP" in name else LeapfrogMap(dim, step_size) for _ in range(K)
-        ]
-        settings = Maps(blocks, "always" if "always" in name else "barker")
-        return partial(metvae_path, settings=settings), nn.ModuleList(blocks)
+    if name == "MetFlow" or "NVP" in name:
+        kind = partial(LeapfrogMap, dim, step_size)
+        kind = partial(RealNVP, dim, 16) if "NVP" in name else kind
+        blocks = nn.ModuleList(kind() for _ in range(K))
+        rule = "always" if "always" in name else "barker"
+        return partial(mcvae.metvae_path, settings=Maps(blocks, rule)), blocks
     if name in ("HVI", "MCD"):
         step["score"] = ScoreNetwork(dim)
     step["persistence"] = 0.6 if name in ("UHA", "MCD") else 0.0
     settings = Bridge(dim, K, on_target=name == "HVI", **step)
-    path_fn = annealed_path if name == "A-MCVAE" else uha_path
+    path_fn = mcvae.annealed_path if name == "A-MCVAE" else mcvae.uha_path
     return partial(path_fn, settings=settings), settings
 
 
 # %%
-ring, x_ring = targets.Ring().requires_grad_(False), torch.full((4, 1), 8 * math.pi)
+ring, x_ring = targets.Ring(), torch.full((4, 1), 8 * math.pi)
+ring.requires_grad_(False)
 starts = torch.tensor([[1.9, 0.0], [0.0, 1.9], [-1.0, 0.3], [0.5, 0.5]])
 log_ring = ring.log_evidence(x_ring)[0].item()
-METHODS = ["IWAE", "HVAE", "HVI", "MetFlow", "L-MCVAE", "A-MCVAE", "UHA", "MCD",
-           "RealNVP, decided", "RealNVP, always"]  # fmt: skip
+chains = ["HVAE", "HVI", "MetFlow", "L-MCVAE", "A-MCVAE", "UHA", "MCD"]
+METHODS = ["IWAE", *chains, "RealNVP, decided", "RealNVP, always"]
 
 
 def on_ring(name, K):
-    """Trained from the four starts; the gap of each start, and the paths that judge it."""
+    """Trained from the four starts; the paths that judge it."""
     encoder = targets.FreeGaussian(starts, 0.5)
     path_fn, learned = partial(targets.importance_path, num_inner=K + 1), None
     if name != "IWAE" and K:
@@ -748,8 +784,7 @@ def on_ring(name, K):
     sizes = dict(num_updates=num_updates, num_samples=16, learning_rate=0.04)
     targets.fit_path(path_fn, ring, encoder, x_ring, learned=learned, **sizes)
     with torch.no_grad():
-        path = path_fn(ring, encoder(x_ring), x_ring, num_paths)
-    return path
+        return path_fn(ring, encoder(x_ring), x_ring, num_paths)
 
 
 # %%
@@ -759,47 +794,48 @@ on_the_ring = {(name, K): on_ring(name, K) for name in METHODS for K in budgets}
 mean_field = on_ring("ELBO", 0)
 
 
-# %%
-def gap(path, log_evidence=log_ring):
+# %% tags=["hide-input"]
+def gap(path):
     """Over the starts: mean, standard error, and the best."""
-    values = log_evidence - path.log_weights.mean(0)
+    values = log_ring - path.log_weights.mean(0)
     return mean_and_se(values), values.min().item()
 
 
+# %% tags=["hide-input"]
+shown = {"mean field": mean_field} | {n: on_the_ring[n, 4] for n in METHODS}
 rows = []
-for name, path in [("mean field", mean_field), *((n, on_the_ring[n, 4]) for n in METHODS)]:
-    spread, best = gap(path)
+for name, path in shown.items():
     cover = targets.circular_coverage(path.z).mean().item()
-    rows.append([name, spread, best, path.log_weights.var(0).mean().item() / 2, cover])
-titles = ["5 evaluations a path", "bound gap, four starts", "best start",
-          "half the variance", "coverage"]  # fmt: skip
-markdown_table(titles, rows)
+    spread = path.log_weights.var(0).mean().item() / 2
+    rows.append([name, *gap(path), spread, cover])
+titles = ["5 evaluations a path", "bound gap, four starts", "best start"]
+markdown_table([*titles, "half the variance", "coverage"], rows)
+
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-ring", "caption": "The ring: 400 ends of paths of each method from one start, over the exact posterior (contours of 50, 80 and 95 per cent). All have $K = 4$ steps and five evaluations a path. Below each name, the bound gap from this start and the share of sixteen sectors that hold at least half of their due."}, "image": {"alt": "Eleven panels with the same ring. The mean-field points cover a short arc at the right, those of IWAE and the chains a longer one of up to half of the ring, and those of the RealNVP flow that is always accepted nearly all of it."}}
-figure, axes = plt.subplots(3, 4, figsize=(7.2, 5.8))
-
-
 def log_posterior(z):
     return ring.log_joint(x_ring[:1], z.float()).reshape(z.shape[:-1])
 
 
-shown = {"mean field": mean_field} | {name: on_the_ring[name, 4] for name in METHODS}
+figure, axes = plt.subplots(3, 4, figsize=(7.2, 5.8))
 for ax, (name, path) in zip(axes.flat, shown.items(), strict=False):
     plotting.show_density(log_posterior, (-2.8, 2.8, -2.8, 2.8), ax=ax)
     ax.scatter(*path.z[:400, 0].T, s=2, color=Q)
-    values = log_ring - path.log_weights[:, 0].mean(), targets.circular_coverage(path.z)[0]
-    ax.set_title("{}\n{:.2f} nats, {:.0%}".format(name, *values), fontsize=8)
+    nats = log_ring - path.log_weights[:, 0].mean()
+    cover = targets.circular_coverage(path.z)[0]
+    ax.set_title(f"{name}\n{nats:.2f} nats, {cover:.0%}", fontsize=8)
     ax.set(xticks=[], yticks=[])
 axes.flat[-1].set_visible(False)
 plt.show()
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
 means = {name: gap(on_the_ring[name, 4])[0].mean for name in METHODS}
-chains = ["HVAE", "HVI", "MetFlow", "L-MCVAE", "A-MCVAE", "UHA", "MCD"]
-print(f"log p(x) = {log_ring:.3f}; best mean-field gap 1.86, found {gap(mean_field)[1]:.1f}")
+print(f"log p(x) = {log_ring:.3f}")
+print(f"best mean-field gap 1.86, found {gap(mean_field)[1]:.1f}")
 claim("every path is a bound: no gap is negative", min(means.values()) > 0)
-claim("IWAE is ahead of the deterministic flow at equal cost", means["IWAE"] < means["HVAE"])
+ahead = means["IWAE"] < means["HVAE"]
+claim("IWAE is ahead of the deterministic flow at equal cost", ahead, is_trained)
 
 # %% [markdown]
 # Read {numref}`fig-hvae-ring` together with the table. The errors are over starts, and the last start, inside the ring, is the hard one: a mean-field Gaussian that begins there ends at a worse local optimum than the arc. Four or five gradients do not carry paths around the ring. What the chains do is make the arc *longer* at the same price, and each learns a $q_0$ that suits its steps.
@@ -811,18 +847,20 @@ claim("IWAE is ahead of the deterministic flow at equal cost", means["IWAE"] < m
 
 # %% tags=["hide-input"]
 folder = data.data_folder() / "models/reference"
-decoder = evaluation.load_module(folder / "vae-laptop-seed0-decoder.safetensors", device)
-encoder = evaluation.load_module(folder / "vae-laptop-seed0-encoder.safetensors", device)
+decoder, encoder = (
+    evaluation.load_module(folder / f"vae-laptop-seed0-{role}.safetensors", device)
+    for role in ("decoder", "encoder")
+)
 chosen = torch.Generator().manual_seed(seed)
 
 
-def digits(split):
-    images = data.load_mnist_binary("test").images if split == "test" else (
-        data.load_mnist("train").images > 0.5).float()  # fmt: skip
-    return images[torch.randperm(len(images), generator=chosen)[:num_images]].to(device)
+def some(images):
+    order = torch.randperm(len(images), generator=chosen)
+    return images[order[:num_images]].to(device)
 
 
-x_tune, x_test = digits("train"), digits("test")
+x_tune = some((data.load_mnist("train").images > 0.5).float())
+x_test = some(data.load_mnist_binary("test").images)
 
 
 # %%
@@ -843,72 +881,91 @@ def tuned(name, K):
 
 # %%
 torch.manual_seed(seed + 3)
-ON_DIGITS = ["IWAE", "HVAE, cooled", "HVAE, not cooled", "MetFlow", "L-MCVAE", "A-MCVAE", "UHA"]
+on_target = ["HVAE, cooled", "HVAE, not cooled", "MetFlow"]
+ON_DIGITS = ["IWAE", *on_target, "L-MCVAE", "A-MCVAE", "UHA"]
 long_budgets = [1, 4, 16]
-plain, _ = on_digits(partial(metvae_path, settings=Maps([])), x_test, 200)
-digit_runs = {
-    (name, K): on_digits(tuned(name, K), x_test) for name in ON_DIGITS for K in long_budgets
-}
-gains = {run: results.paired_difference(low, plain) for run, (low, _) in digit_runs.items()}
-reference = evaluation.importance_sampling_ll(
-    decoder, encoder, x_test, num_samples=2000, seed=seed
-).log_likelihood
-available = results.paired_difference(reference, plain)
+plain, _ = on_digits(partial(mcvae.metvae_path, settings=Maps([])), x_test, 200)
+digit_runs, gains = {}, {}
+for name in ON_DIGITS:
+    for K in long_budgets:
+        digit_runs[name, K] = low, _ = on_digits(tuned(name, K), x_test)
+        gains[name, K] = results.paired_difference(low, plain)
+importance = evaluation.importance_sampling_ll(
+    decoder,
+    encoder,
+    x_test,
+    num_samples=2000,
+    seed=seed,
+)
+available = results.paired_difference(importance.log_likelihood, plain)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-cost", "caption": "Left: bound gap on the ring after training at each budget, mean and standard error over four starts. Right: what each bound gains over the plain one on digits, mean and standard error over images, in pairs, with the trained encoder and decoder held fixed; the dotted line is the gain of importance sampling with 2,000 draws."}, "image": {"alt": "Two panels against the number of evaluations of a path. Left, all gaps fall; that of IWAE falls fastest. Right, gains grow with the number of evaluations and stay below the dotted line."}}
-figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.4))
-left = {(n, K): gap(on_the_ring[n, K])[0] for n in ["IWAE", *chains] for K in budgets}
-for ax, found, sizes in ((axes[0], left, budgets), (axes[1], gains, long_budgets)):
+
+# %% tags=["hide-input"]
+def draw_curves(ax, found, sizes):
     names = list(dict.fromkeys(name for name, _ in found))
     for i, name in enumerate(names):
         values = [found[name, K] for K in sizes]
         at = [(K + 1) * 1.03 ** (i - len(names) / 2) for K in sizes]
-        style = dict(color=f"C{i % 6}", marker="osD^v*Px"[i], ls="-" if i < 6 else "--")
-        ax.errorbar(at, [v.mean for v in values], [v.se for v in values], ms=4, **style,
-                    label=name)  # fmt: skip
+        style = dict(color=f"C{i % 6}", marker="osD^v*Px"[i], ms=4, label=name)
+        style["linestyle"] = "-" if i < 6 else "--"
+        ax.errorbar(at, [v.mean for v in values], [v.se for v in values], **style)
     ax.set(xlabel="evaluations a path", xscale="log")
     ax.set_xticks([K + 1 for K in sizes], labels=[K + 1 for K in sizes])
     ax.minorticks_off()
     ax.legend(fontsize=7)
+
+
+# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-cost", "caption": "Left: bound gap on the ring after training at each budget, mean and standard error over four starts. Right: what each bound gains over the plain one on digits, mean and standard error over images, in pairs, with the trained encoder and decoder held fixed; the dotted line is the gain of importance sampling with 2,000 draws."}, "image": {"alt": "Two panels against the number of evaluations of a path. Left, all gaps fall; that of IWAE falls fastest. Right, gains grow with the number of evaluations and stay below the dotted line."}}
+figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.4))
+left = {(n, K): gap(on_the_ring[n, K])[0] for n in METHODS[:8] for K in budgets}
+draw_curves(axes[0], left, budgets)
+draw_curves(axes[1], gains, long_budgets)
 axes[1].axhline(available.mean, color=plotting.GREY, ls=":")
 axes[0].set(ylabel="gap on the ring, nats", ylim=(0, None))
 axes[1].set(ylabel="gain on digits, nats")
 plt.show()
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
-ahead = max(ON_DIGITS, key=lambda name: gains[name, 16].mean)
-print("digits, 17 evaluations, within one error of the best:")
-print(*(n for n in ON_DIGITS
-        if gains[n, 16].mean > gains[ahead, 16].mean - gains[ahead, 16].se))  # fmt: skip
+longest = {name: gains[name, 16] for name in ON_DIGITS}
+ahead = max(longest.values(), key=lambda gain: gain.mean)
+near = [n for n, g in longest.items() if g.mean > ahead.mean - ahead.se]
+print("digits, 17 evaluations, within one error of the best:", *near)
 
 # %% [markdown]
 # **Is the tighter bound the one with less variance?** The HVAE paper argues so: for small relative variance, $\log p - \mathbb{E} \log \hat p \approx \tfrac12 \operatorname{Var}(\hat p / p)$. If $\log \hat p$ is Gaussian, unbiasedness makes the gap *equal* to half its variance. {numref}`fig-hvae-variance` tests this over all estimators of the chapter.
 
+
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-variance", "caption": "Bound gap against half the variance of $\\log \\hat p$: every method, budget and start on the ring, every row of the oracle table, and every method and budget on the digits (with the estimate of 2,000 draws in the place of $\\log p$). On the line the weights would be log-normal."}, "image": {"alt": "A scatter plot on logarithmic axes with a diagonal line. Points of the scalar model lie near or below the line; most points of the ring lie above it; those of the digits lie near it."}}
-points = {"ring": [], "scalar": [], "digits": []}
+def halves(path, log_p):
+    gaps, spread = log_p - path.log_weights.mean(0), path.log_weights.var(0) / 2
+    return list(zip(gaps.tolist(), spread.tolist(), strict=True))
+
+
+points = {"ring": []}
 for path in on_the_ring.values():
-    columns = zip(path.log_weights.mean(0), path.log_weights.var(0), strict=True)
-    points["ring"] += [(log_ring - m.item(), v.item() / 2) for m, v in columns]
-for path_fn, settings, _ in oracle.values():
-    weights = on_scalar(path_fn, settings).log_weights
-    points["scalar"].append((truth - weights.mean().item(), weights.var().item() / 2))
-for low, spread in digit_runs.values():
-    points["digits"].append(((reference - low).mean().item(), spread.mean().item() / 2))
+    points["ring"] += halves(path, log_ring)
+points["scalar"] = [halves(on_scalar(*run), truth)[0] for run in oracle.values()]
+reference = importance.log_likelihood.mean()
+points["digits"] = [
+    ((reference - low.mean()).item(), spread.mean().item() / 2)
+    for low, spread in digit_runs.values()
+]
 figure, ax = plt.subplots(figsize=(4.6, 3.8))
 for (name, values), marker in zip(points.items(), "osD", strict=True):
-    ax.scatter(*torch.tensor(values).T.flip(0), s=14, marker=marker, label=name, alpha=0.8)
+    ax.scatter(*torch.tensor(values).T.flip(0), s=14, marker=marker, label=name)
 ends = torch.tensor([0.05, 8.0])
 ax.plot(ends, ends, **plotting.LINES["reference"], label="log-normal weights")
-ax.set(xscale="log", yscale="log", xlabel="half the variance of log p̂", ylabel="bound gap")
+ax.set(xscale="log", yscale="log", ylabel="bound gap")
+ax.set_xlabel("half the variance of log p̂")
 ax.legend()
 plt.show()
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
 excess = [g / v for g, v in points["ring"]]
 above = sum(ratio > 1.5 for ratio in excess) / len(excess)
-claim("on the ring most gaps exceed 1.5 times half the variance", above > 0.5)
+claim("most gaps on the ring exceed 1.5 half variances", above > 0.5, is_trained)
 
 # %% [markdown]
 # The argument holds where it is meant, at small variance of a unimodal error, and misleads elsewhere. On the ring the paths of one start never reach the far side; their weights agree well with each other, so the variance is small, and *all of them* miss the same mass. The variance of what one has sampled says nothing about what one has not. A variance-reduction argument for a bound needs, in addition, that the estimator has seen the posterior.
@@ -930,7 +987,7 @@ torch.manual_seed(seed + 4)
 z_true, wobble = torch.randn(2, num_sets, len(size)).double()
 centre = z_true + delta + sigma * wobble / N**0.5  # the mean of the data
 chi_squared = torch.distributions.Chi2(torch.tensor(N - 1.0).double())
-spread = sigma**2 * chi_squared.sample((num_sets, len(size))) / N  # and its variance
+spread = sigma**2 * chi_squared.sample(centre.shape) / N  # and its variance
 
 
 def errors(fitted_delta, fitted_sigma):
@@ -942,7 +999,7 @@ def errors(fitted_delta, fitted_sigma):
 
 # %%
 def cooling_of(fit, K):
-    """The paper's rule for each data set and d, or none; and the heat at the start."""
+    """The factors of the paper's rule, or of none; and the heat at the start."""
     if "raw_tempering" not in fit:
         return torch.ones(K, num_sets, len(size)).double(), 1.0
     share = (torch.arange(K + 1) / K).double()[:, None, None] ** 2
@@ -978,13 +1035,13 @@ def affine_bound(fit, K, delta):
     return data_term - 0.5 * (z**2 + z_variance + rho_square) + 1
 
 
-def fit_gaussian(K, is_cooled, first_step=0.005):
-    fit = {"log_sigma": torch.tensor(3.0), "raw_step": torch.tensor(2 * first_step).logit()}
-    shapes = dict.fromkeys(fit, (num_sets, len(size)))
+# %%
+def fit_gaussian(K, is_cooled):
+    fit = {"log_sigma": torch.full(centre.shape, 3.0)}
+    fit["raw_step"] = torch.full(centre.shape, 0.01).logit()  # a step of 0.005
     if is_cooled:
-        fit["raw_tempering"] = torch.tensor(4.0).log()
-        shapes["raw_tempering"] = num_sets, len(dims)
-    fit = {n: v.expand(shapes[n]).double().clone().requires_grad_() for n, v in fit.items()}
+        fit["raw_tempering"] = torch.full((num_sets, len(dims)), math.log(4.0))
+    fit = {name: value.double().requires_grad_() for name, value in fit.items()}
     optimizer = torch.optim.Adam(fit.values(), lr=0.03)
     for _ in range(num_fits):
         optimizer.zero_grad()
@@ -1000,7 +1057,7 @@ gaussian = {
     "HVAE, K = 1": fit_gaussian(1, False),
     "HVAE, K = 10": fit_gaussian(10, False),
 }
-fitted = {name: errors(centre, f["log_sigma"].exp()) for name, f in gaussian.items()}
+fitted = {n: errors(centre, f["log_sigma"].exp()) for n, f in gaussian.items()}
 floor = errors(centre, (spread * N / (N - 1)).sqrt())  # exact maximum likelihood
 
 # %% [markdown]
@@ -1016,13 +1073,17 @@ def variational_slopes(delta, log_sigma, mean, log_scale):
     precision, variance = N * (-2 * log_sigma).exp(), (2 * log_scale).exp()
     miss = mean + delta - centre
     total = spread + miss**2 + variance
-    return (-precision * miss, -N + precision * total,
-            -precision * miss - mean, 1 - (precision + 1) * variance)  # fmt: skip
+    return (
+        -precision * miss,
+        -N + precision * total,
+        -precision * miss - mean,
+        1 - (precision + 1) * variance,
+    )
 
 
 def mean_field_fit(num_steps, learning_rate=1e-3):
     start = 0.0, 3.0, 0.0, 1.0
-    values = torch.stack([torch.full((num_sets, len(size)), v) for v in start]).double()
+    values = torch.stack([torch.full(centre.shape, v) for v in start]).double()
     average = torch.ones_like(values)
     for _ in range(num_steps):
         slopes = torch.stack(variational_slopes(*values))
@@ -1036,23 +1097,26 @@ budget = mean_field_fit(60 * num_fits)
 fitted["mean-field VB, published budget"] = errors(budget[0], budget[1].exp())
 variance = spread * N / (N - 1)
 exact_scale = -0.5 * (1 + N / variance).log()
-at_optimum = variational_slopes(centre, 0.5 * variance.log(), 0.0 * centre, exact_scale)
+optimum = centre, 0.5 * variance.log(), 0.0 * centre, exact_scale
+at_optimum = variational_slopes(*optimum)
 fitted["mean-field VB, converged"] = floor
-rows = [["exact maximum likelihood", *(estimate(sum(floor)[:, dims.index(d)])
-                                       for d in (25, 101, 301)), 0.0]]  # fmt: skip
-for name, parts in fitted.items():
-    total, excess = sum(parts), (parts[1] - floor[1])[:, -1].mean().item()
-    rows.append([name, *(estimate(total[:, dims.index(d)]) for d in (25, 101, 301)), excess])
-titles = ["squared error", "d = 25", "d = 101", "d = 301", "excess in sigma, d = 301"]
+
+# %% tags=["hide-input"]
+shown_dims = [dims.index(d) for d in (25, 101, 301)]
+rows = []
+for name, parts in {"exact maximum likelihood": floor, **fitted}.items():
+    totals = [estimate(sum(parts)[:, i]) for i in shown_dims]
+    rows.append([name, *totals, (parts[1] - floor[1])[:, -1].mean().item()])
+titles = ["squared error", "d = 25", "d = 101", "d = 301", "excess in sigma, 301"]
 markdown_table(titles, rows, decimals=1)
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
 slope = max(float(s.abs().max()) for s in at_optimum)
 claim("converged mean-field VB is exact maximum likelihood", slope < 1e-7 * N)
 nearby = affine_bound(gaussian["HVAE, K = 10"], 10, centre + 0.01)
 best = affine_bound(gaussian["HVAE, K = 10"], 10, centre)
-claim("any other offset than the mean of the data lowers the bound", (nearby < best).all())
+claim("another offset than the mean of the data lowers it", (nearby < best).all())
 excess = {n: float((p[1] - floor[1])[:, -1].mean()) for n, p in fitted.items()}
 print("excess in sigma at d = 301:")
 for name, value in excess.items():
@@ -1069,7 +1133,11 @@ for name, value in excess.items():
 
 # %%
 inside = owner == dims.index(51)
-data_mean, data_spread, sd = centre[0, inside], spread[0, inside], sigma[inside]
+data_mean, data_spread, sd = (
+    values[..., inside].float() for values in (centre[0], spread[0], sigma)
+)
+
+# %%
 
 
 class Untrained(nn.Module):  # the prior as q0
@@ -1079,19 +1147,21 @@ class Untrained(nn.Module):  # the prior as q0
 
 def planar_excess(factor, layers):
     """Squared error in sigma after a fit with a planar flow."""
-    log_sigma, offset = (nn.Parameter(v.float()) for v in (0.0 * sd + 1.0, 1.0 * data_mean))
+    log_sigma = nn.Parameter(torch.ones(51))
+    offset = nn.Parameter(data_mean.clone())
 
-    def log_joint_of(z):
+    def log_density(z):
         misfit = data_spread + (z + offset - data_mean) ** 2
         fit = -N * log_sigma - factor * N * misfit * (-2 * log_sigma).exp()
-        return (fit - 0.5 * z**2).sum(-1).float()
+        return (fit - 0.5 * z**2).sum(-1)
 
-    learned = nn.ModuleList(layers + [nn.ParameterList([log_sigma, offset])])
-    path_fn = partial(metvae_path, settings=Maps(layers, "always"))
-    model, sizes = targets.Density(log_joint_of, 51, 0.0), dict(num_samples=10)
-    targets.fit_path(path_fn, model, Untrained(), x_scalar, learned=learned,
-                     num_updates=2 * num_fits, learning_rate=0.03, **sizes)  # fmt: skip
-    return ((log_sigma.detach().exp() - sd) ** 2).sum().item()
+    learned = nn.ModuleList([*layers, nn.ParameterList([log_sigma, offset])])
+    path_fn = partial(mcvae.metvae_path, settings=Maps(layers, "always"))
+    sizes = dict(num_updates=2 * num_fits, num_samples=10, learning_rate=0.03)
+    density = targets.Density(log_density, 51, 0.0)
+    sizes["learned"] = learned
+    targets.fit_path(path_fn, density, Untrained(), x_scalar, **sizes)
+    return (log_sigma.detach().exp() - sd).square().sum().item()
 
 
 # %%
@@ -1103,9 +1173,16 @@ flows = {
 }
 absorbed = {name: planar_excess(*options) for name, options in flows.items()}
 predicted = [(((f * sd**2 + 1).sqrt() - sd) ** 2).sum().item() for f in (1, 2)]
-rows = [[name, value, expected] for (name, value), expected in zip(
-    absorbed.items(), (*predicted, None), strict=True)]  # fmt: skip
-markdown_table(["d = 51, one data set", "error in sigma", "derived"], rows, decimals=1)
+rows = [
+    [name, value, expected]
+    for (name, value), expected in zip(
+        absorbed.items(),
+        (*predicted, None),
+        strict=True,
+    )
+]
+titles = ["d = 51, one data set", "error in sigma", "derived"]
+markdown_table(titles, rows, decimals=1)
 
 # %% [markdown]
 # **The steps.** Without cooling the fit ends at $\hat\sigma^2 = \sigma^2 + c$. In one dimension, with $u = \epsilon^2 (1 + N / \hat\sigma^2)$, the trajectory turns by the angle $\arccos(1 - u/2)$ at each step, and the variance that it leaves in $z_K$ is
@@ -1123,39 +1200,38 @@ def residual(u, K):
     return 1 - u / 4 * torch.sin(K * torch.arccos(1 - u / 2)) ** 2
 
 
+ends_at = {}
 for K in (1, 10):
     fit = gaussian[f"HVAE, K = {K}"]
     variance = (2 * fit["log_sigma"]).exp()
     u = (0.5 * fit["raw_step"].sigmoid()) ** 2 * (1 + N / variance)
     error = (variance - spread - residual(u, K)).abs().max()
+    ends_at[K] = u.mean()
     print(f"K = {K}: u = {u.mean():.3f}, c = {residual(u, K).mean():.3f}")
-    if num_fits >= 500:
-        claim("the fit agrees with the formula", error < 1e-6)
+    claim("the fit agrees with the formula", error < 1e-6, num_fits >= 500)
 u = torch.tensor(3.976).double()
 print(f"K = 10 near the limit: u = {u:.3f}, c = {residual(u, 10):.3f}")
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-gaussian", "caption": "Left: squared error of the fitted parameters against $d$, mean over ten data sets. Lines are computed on this page, crosses are read off the published figure. The two cooled HVAE fits and converged VB coincide with exact maximum likelihood. Right: the variance {eq}`eq-hvae-residual` that an untempered trajectory leaves, against the squared step; dots mark where the fits have ended."}, "image": {"alt": "Left, lines rise with d on logarithmic axes; exact maximum likelihood is lowest at large d, untempered HVAE slightly above, VB at the published budget starts below all and ends more than a factor of ten above. Right, one smooth curve with a single minimum at 0.41 and one that oscillates ten times with ever deeper dips towards u = 4."}}
 figure, (ax, scan) = plt.subplots(1, 2, figsize=(7.2, 3.4))
-curves = {"exact maximum likelihood": sum(floor)} | {
-    name: sum(fitted[name])
-    for name in ("HVAE, K = 1", "HVAE, K = 10", "mean-field VB, published budget")}  # fmt: skip
-marks = {"HVAE tempered": "C2", "HVAE untempered": "C1", "mean-field VB": "C3"}
-for (name, values), colour in zip(curves.items(), ["C2", "C0", "C1", "C3"], strict=True):
-    ax.plot(dims, values.mean(0), color=colour, label=name)
-for entry in results.load_published("hvae", metric="squared parameter error"):
-    colour = next((c for name, c in marks.items() if entry["row"].startswith(name)), None)
-    if colour:
-        ax.plot(int(entry["row"].split("d=")[1]), entry["value"], "x", color=colour)
+curves = {"HVAE, K = 1": "C0", "HVAE, K = 10": "C1"}
+curves |= {"mean-field VB, published budget": "C3"}
+ax.plot(dims, sum(floor).mean(0), color="C2", label="exact maximum likelihood")
+for name, colour in curves.items():
+    ax.plot(dims, sum(fitted[name]).mean(0), color=colour, label=name)
 ax.set(xscale="log", yscale="log", xlabel="d", ylabel="squared error")
-ax.legend(fontsize=7)
+marks = {"HVAE tempered": "C2", "HVAE untempered": "C1", "mean-field VB": "C3"}
+for entry in results.load_published("hvae", metric="squared parameter error"):
+    for name, colour in marks.items():
+        if entry["row"].startswith(name):
+            d = int(entry["row"].split("d=")[1])
+            ax.plot(d, entry["value"], "x", color=colour)
 grid = torch.linspace(1e-3, 3.999, 2000)
 for K, colour in ((1, "C0"), (10, "C1")):
-    u = (0.5 * gaussian[f"HVAE, K = {K}"]["raw_step"].sigmoid()) ** 2
-    u = (u * (1 + N / (2 * gaussian[f"HVAE, K = {K}"]["log_sigma"]).exp())).mean()
     scan.plot(grid, residual(grid, K), color=colour, label=f"K = {K}")
-    scan.plot(u, residual(u, K), "o", color=colour)
+    scan.plot(ends_at[K], residual(ends_at[K], K), "o", color=colour)
 scan.set(xlabel="u, squared step times curvature", ylabel="variance left, c")
-scan.legend(fontsize=7)
+_ = [panel.legend(fontsize=7) for panel in (ax, scan)]
 plt.show()
 
 # %% [markdown]
@@ -1163,77 +1239,81 @@ plt.show()
 #
 # The papers' claims are about auto-encoders trained *with* the path in the bound. The recorded study `chain_bounds` trains the decoder and encoder of this book (32 latents, not the 64 of the source) with each path: the same number of updates, the same split, two paths an image, three seeds. All decoders are then evaluated by one annealer that knows nothing of the paths, so that the column compares models and not bounds. For each claim the rows hold a control with the claimed part taken out: HVAE without cooling, MetVAE with the same maps always accepted or with no map ($K = 0$, the plain auto-encoder), and importance sampling with eleven draws for the paths of eleven gradients.
 
-# %%
-labels = {
-    "vae": "VAE (K = 0)", "iwae_11": "IWAE, 11 draws",
-    "hvae_none": "HVAE 10, not cooled", "hvae_fixed": "HVAE 10, fixed cooling",
-    "hvae_free": "HVAE 10, free cooling", "hvae_none_varied": "the same, a step each: not cooled",
-    "hvae_fixed_varied": "fixed cooling, a step each", "hvae_free_varied": "free, a step each",
-    "metvae_leapfrog_1": "MetVAE 1, leapfrog", "always_leapfrog_1": "always accepted",
-    "metvae_leapfrog_5": "MetVAE 5, leapfrog", "always_leapfrog_5": "always accepted, 5",
-    "metvae_realnvp_1": "MetVAE 1, RealNVP", "always_realnvp_1": "always accepted, 1",
-    "metvae_realnvp_5": "MetVAE 5, RealNVP", "always_realnvp_5": "always accepted, 5 blocks",
-    "langevin_5": "L-MCVAE 5", "annealed_3": "A-MCVAE 3", "uha_5": "UHA 5", "mcd_5": "MCD 5",
-    "hvi_5": "HVI 5",
-}  # fmt: skip
-known = {e["row"]: e["printed"] for e in results.load_published("hvae", metric="NLL")}
-varied = {True: "varied", False: "fixed"}
-published = {"vae": "-" + known["base VAE"]} | {
-    f"hvae_{kind}" + "_varied" * v: f"-{known[f'HVAE K=10 tempering {kind} eps {varied[v]}']}"
-    for kind in ("none", "fixed", "free") for v in (False, True)
-}  # fmt: skip
+# %% tags=["hide-input"]
+labels = {"vae": "VAE (K = 0)", "iwae_11": "IWAE, 11 draws"}
+coolings = {"none": "not cooled", "fixed": "fixed cooling", "free": "free cooling"}
+for tail, text in (("", "one step size"), ("_varied", "a step each")):
+    for kind, name in coolings.items():
+        labels[f"hvae_{kind}{tail}"] = f"HVAE 10, {name}, {text}"
+for kind, name in (("leapfrog", "leapfrog"), ("realnvp", "RealNVP")):
+    for K in (1, 5):
+        labels[f"metvae_{kind}_{K}"] = f"MetVAE {K}, {name}, Barker"
+        labels[f"always_{kind}_{K}"] = f"{name} {K}, always accepted"
+labels |= {"langevin_5": "L-MCVAE 5", "annealed_3": "A-MCVAE 3", "uha_5": "UHA 5"}
+labels |= {"mcd_5": "MCD 5", "hvi_5": "HVI 5"}
+study = tables.load_study("chain_bounds", "laptop")
+
+# %% tags=["hide-input"]
+entries = results.load_published("hvae", metric="NLL")
+known = {entry["row"]: entry["printed"] for entry in entries}
+published = {"vae": "-" + known["base VAE"]}
+for kind in coolings:
+    for tail, steps in (("", "fixed"), ("_varied", "varied")):
+        row = f"HVAE K=10 tempering {kind} eps {steps}"
+        published[f"hvae_{kind}{tail}"] = "-" + known[row]
 tables.study_table("chain_bounds", labels, "hais_ll", published, ["laptop"])
 
-# %%
-study = tables.load_study("chain_bounds", "laptop")
-pairs = [("hvae_none", "vae"), ("hvae_free", "vae"), ("hvae_free", "hvae_none"),
-         ("hvae_free", "iwae_11"), ("hvae_free_varied", "hvae_free"), ("langevin_5", "vae"),
-         ("annealed_3", "vae"), ("uha_5", "langevin_5"), ("mcd_5", "uha_5"), ("hvi_5", "vae"),
-         ("metvae_leapfrog_5", "always_leapfrog_5"),
-         ("metvae_realnvp_5", "always_realnvp_5")]  # fmt: skip
+# %% tags=["hide-input"]
+pairs = [(row, "vae") for row in ("hvae_none", "hvae_free", "langevin_5", "hvi_5")]
+pairs += [("hvae_free", "hvae_none"), ("hvae_free", "iwae_11")]
+pairs += [("hvae_free_varied", "hvae_free")]
+pairs += [("uha_5", "langevin_5"), ("mcd_5", "uha_5")]
+pairs += [(f"metvae_{k}_5", f"always_{k}_5") for k in ("leapfrog", "realnvp")]
 display(tables.paired_table(study, pairs, "hais_ll", labels))
-columns = {"own bound": "bound", "half variance": "half_variance", "acceptance": "acceptance"}
-tables.metric_table(study, labels, columns)
+columns = {"own bound": "bound", "half variance": "half_variance"}
+tables.metric_table(study, labels, columns | {"acceptance": "acceptance"})
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
-found = {row: [float(f"{r:.4f}") for r in runs] for row, runs in (
-    (row, [res.record["details"]["score_share"] for res in study.get(row, [])])
-    for row in labels if "met" in row or "annealed" in row) if runs}  # fmt: skip
-print(f"{sum(map(len, study.values()))} runs of this study are recorded at this scale")
-print("share of the score term in the gradient's variance:", found or "not recorded")
+num_runs = sum(map(len, study.values()))
+print(f"{num_runs} runs of this study are recorded at this scale")
+for row, runs_of_row in study.items():
+    shares = [run.record["details"].get("score_share") for run in runs_of_row]
+    if None not in shares:
+        print(f"{labels[row]}: share of the score term in the variance", *shares)
 
 # %% [markdown]
 # **What differences of this size support.** The supplement of the HVAE paper lists single runs, so that the run-to-run deviation can be pooled.
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
 runs_of = {}
-for entry in results.load_published("hvae", metric="NLL"):
+for entry in entries:
     name, _, run = entry["row"].partition(" seed ")
     if run:
         runs_of.setdefault(name, []).append(entry["value"])
 squares = [(v - sum(vs) / len(vs)) ** 2 for vs in runs_of.values() for v in vs]
 freedom = sum(len(vs) - 1 for vs in runs_of.values())
 deviation = math.sqrt(sum(squares) / freedom)
-best = min(float(v) for name, v in known.items() if " seed " not in name)
-print(f"deviation of one run {deviation:.3f} nats, from {freedom} degrees of freedom")
+cells = [float(value) for name, value in known.items() if " seed " not in name]
+gain = float(known["base VAE"]) - min(cells)
+print(f"deviation of one run {deviation:.3f} nats, {freedom} degrees of freedom")
 print(f"standard error of a difference of two means of two runs {deviation:.2f}")
-print(f"largest published gain over the base VAE {float(known['base VAE']) - best:.2f} nats")
+print(f"largest published gain over the base VAE {gain:.2f} nats")
 
 # %% [markdown]
 # So a difference of two cells of the published table, each a mean of two runs, carries a standard error as large as one run's deviation. The table supports three statements: with one step size free cooling is better than none; a step size for each step helps; and without cooling, at one step size, the flow is no better than the plain auto-encoder. It supports no ranking of neighbouring cells, and no best $K$. In the Monte Carlo auto-encoder paper each row is moreover the best of three schedules, chosen on the test numbers that are printed. Its rows also carry a puzzle:
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
-printed = {e["row"]: e["value"] for e in results.load_published(
-    "mcvae", table="Table 1", metric="NLL") if "epochs=100" in e["row"]}  # fmt: skip
-files = {e["row"]: e["value"] for e in results.load_published("mcvae", metric="NLL")
-         if e["table"] != "Table 1" and "learned" in e["row"] or "linear" in e["row"]}  # fmt: skip
-for row, value in printed.items():
-    if "MCVAE" in row and row.startswith("MNIST"):
-        same = [r for r, v in files.items() if abs(v - value) < 0.005 and r.startswith("MNIST")]
-        print(row.split(" epochs")[0], "in Table 1 is in the files", *same, sep=": ")
+listed = results.load_published("mcvae", metric="NLL")
+final = [e for e in listed if re.match("MNIST .*epochs=100", e["row"])]
+files = [e for e in final if e["table"] != "Table 1"]
+for entry in final:
+    row = entry["row"].removesuffix(" epochs=100")
+    if entry["table"] == "Table 1" and "MCVAE" in row:
+        same = [f["row"] for f in files if abs(f["value"] - entry["value"]) < 0.005]
+        print(f"{row} of Table 1 is in the files as", *same)
 
 # %% [markdown]
 # ```{admonition} Correction: A or L?
@@ -1245,15 +1325,20 @@ for row, value in printed.items():
 #
 # The HVAE paper says that normalising flows leave open whether they gain by a more accurate posterior or simply by their parameters, and that a flow built from the target has few of them. It does not test this. The rows below do, on the same base and at equal updates: HVAE adds 42 numbers; planar and RealNVP flows add many and do not see the target; a wider encoder adds as many as RealNVP and no flow at all; and the last control runs the *same dynamics* on a learned potential that does not see $x$. Two rows train the cheap methods for as many seconds as HVAE takes.
 
-# %%
+# %% tags=["hide-input"]
 controls = {
-    "vae": "VAE", "hvae_free": "HVAE 10, free cooling", "planar_10": "planar flow, 10",
-    "always_realnvp_5": "RealNVP, 5", "wide_encoder": "wider encoder",
-    "potential_10": "leapfrog on a learned potential, 10", "vae_long": "VAE, equal seconds",
+    "vae": "VAE",
+    "hvae_free": "HVAE 10, free cooling",
+    "planar_10": "planar flow, 10",
+    "always_realnvp_5": "RealNVP, 5",
+    "wide_encoder": "wider encoder",
+    "potential_10": "leapfrog on a learned potential, 10",
+    "vae_long": "VAE, equal seconds",
     "realnvp_long": "RealNVP, equal seconds",
-}  # fmt: skip
-sizes = {row: runs[0].record["details"]["path_parameters"] for row, runs in study.items()}
-extra = {"parameters of the path": sizes}
+}
+details = {row: runs[0].record["details"] for row, runs in study.items()}
+counts = {row: found["path_parameters"] for row, found in details.items()}
+extra = {"parameters of the path": counts}
 display(tables.study_table("chain_bounds", controls, "hais_ll", scales=["laptop"]))
 pairs = [(row, "vae") for row in controls if row != "vae"]
 display(tables.paired_table(study, pairs, "hais_ll", controls))
@@ -1262,75 +1347,81 @@ tables.metric_table(study, controls, {"own bound": "bound"}, given=extra)
 # %% [markdown]
 # If the gain is the posterior's, HVAE should lead the controls that have more parameters, and the potential that is blind to $x$ should gain nothing. If it is the parameters', the wider encoder should do as well. For comparison, the published values under the two protocols:
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
-other = {e["row"]: e["value"] for e in results.load_published(
-    "mcvae", table="Table 1", metric="NLL")}  # fmt: skip
-for name, value in (
-    ("VAE", known["base VAE"]), ("HVAE K = 10, free", known["HVAE K=10 tempering free eps fixed"]),
-    ("the same, varied", known["HVAE K=10 tempering free eps varied"]),
-    ("VAE, other protocol", other["MNIST VAE epochs=100"]),
-    ("VAE + RealNVP, other protocol", other["MNIST VAE with RealNVP epochs=100"]),
-):  # fmt: skip
-    print(f"{name}: {value}")
+other = {e["row"]: e["printed"] for e in listed if e["table"] == "Table 1"}
+row = "HVAE K=10 tempering free eps"
+print("VAE", known["base VAE"])
+print("HVAE K = 10", known[f"{row} fixed"], "a step each", known[f"{row} varied"])
+print("other protocol: VAE", other["MNIST VAE epochs=100"])
+print("other protocol: with RealNVP", other["MNIST VAE with RealNVP epochs=100"])
 
 # %% [markdown]
 # ## The experiments of the slides
 #
 # The MetFlow slides promise four experiments and print no number: a mixture of eight Gaussians, a funnel, the posterior of fixed digits under a trained decoder, and in-painting. The study `chain_targets` records them, with the ring at two lengths, for each method and its control, from eight starts. The evidence of the first three is exact; for the digits it is an annealed estimate, a lower bound itself. Each cell is the gap of the bound.
 
-# %%
+# %% tags=["hide-input"]
 kinds = {
-    "mean_field": "mean field", "importance": "IWAE", "hvae": "HVAE, not cooled",
-    "hvae_free": "HVAE, free cooling", "hvi": "HVI", "metflow": "MetFlow, leapfrog",
-    "leapfrog_always": "the same, always accepted", "realnvp": "MetFlow, RealNVP",
-    "realnvp_always": "RealNVP, always accepted", "langevin": "L-MCVAE",
-    "annealed": "A-MCVAE", "uha": "UHA", "mcd": "MCD",
-}  # fmt: skip
-on_targets = tables.load_study("chain_targets", "laptop")
-places = ["eight_gaussians", "funnel", "ring", "digits", "inpainting"]
-rows = []
-for kind, label in kinds.items():
-    tail = "" if kind == "mean_field" else "_5"
-    names = [f"{place}_{kind}{tail}" for place in places]
-    rows.append([label, *(tables.cells(on_targets, name, ["gap"])[0] for name in names)])
-display(markdown_table(["five steps", *places], rows))
-print("a dash: python -m amortised.experiments run chain_targets <target>_<method>_5")
+    "mean_field": "mean field",
+    "importance": "IWAE",
+    "hvae": "HVAE, not cooled",
+    "hvae_free": "HVAE, free cooling",
+    "hvi": "HVI",
+    "metflow": "MetFlow, leapfrog",
+    "leapfrog_always": "the same, always accepted",
+    "realnvp": "MetFlow, RealNVP",
+    "realnvp_always": "RealNVP, always accepted",
+    "langevin": "L-MCVAE",
+    "annealed": "A-MCVAE",
+    "uha": "UHA",
+    "mcd": "MCD",
+}
+
+
+# %% tags=["hide-input"]
+def target_table(title, places, metric):
+    """A row for each method; a place is a target and a number of steps."""
+    found, rows = tables.load_study("chain_targets", "laptop"), []
+    for kind, label in kinds.items():
+        row = [label]
+        for target, K in places:
+            name = f"{target}_{kind}" + ("" if kind == "mean_field" else f"_{K}")
+            row += tables.cells(found, name, [metric])
+        rows.append(row)
+    heads = [f"{target}, {K}" for target, K in places]
+    return markdown_table([title, *heads], rows)
+
+
+two_dimensional = [("eight_gaussians", 5), ("funnel", 5), ("ring", 5), ("ring", 16)]
+display(target_table("gap, nats; steps", two_dimensional, "gap"))
+display(target_table("gap, nats; steps", [("digits", 5), ("inpainting", 5)], "gap"))
+print("A dash: python -m amortised.experiments run chain_targets makes it.")
 
 # %% [markdown]
 # The gap alone would hide a lost mode, so the next table counts: directions of the ring and modes of the mixture that hold at least half of their due.
 
-# %%
-rows = []
-for kind, label in kinds.items():
-    tail = "" if kind == "mean_field" else "_5"
-    names = [f"{place}_{kind}{tail}" for place in ("eight_gaussians", "ring")]
-    names.append(f"ring_{kind}" + ("" if kind == "mean_field" else "_16"))
-    rows.append([label, *(tables.cells(on_targets, name, ["coverage"])[0] for name in names)])
-markdown_table(["coverage", "eight Gaussians", "ring, 5 steps", "ring, 16 steps"], rows)
+# %% tags=["hide-input"]
+places = [("eight_gaussians", 5), ("ring", 5), ("ring", 16)]
+target_table("coverage; steps", places, "coverage")
 
 # %% [markdown]
 # ## The table again, measured
 #
 # {numref}`tab-hvae-methods` with the columns that this page has measured: whether the identity holds, the gap on the ring at nine evaluations a path, and the gain on digits at seventeen.
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
-unbiased = {"HVAE": "HVAE, K = 5, cooled", "HVI": "HVI, K = 5, random network",
-            "L-MCVAE": "L-MCVAE, K = 5", "UHA": "UHA, K = 5, half kept",
-            "MCD": "MCD, K = 5, random network", "A-MCVAE": "A-MCVAE, K = 5",
-            "MetFlow": "MetVAE, K = 3, Barker"}  # fmt: skip
 rows = []
 for name in ["IWAE", *chains]:
-    path_fn, settings, _ = oracle.get(unbiased.get(name), (None, None, None))
-    ratio = None if path_fn is None else mean_ratio(on_scalar(path_fn, settings), truth)
     gain = gains.get((f"{name}, not cooled" if name == "HVAE" else name, 16))
-    rows.append([name, ratio, gap(on_the_ring[name, 8])[0], gain])
+    rows.append([name, ratios.get(name), gap(on_the_ring[name, 8])[0], gain])
 deepest = min(rows, key=lambda row: row[2].mean)[0]
 print("smallest gap on the ring at nine evaluations:", deepest)
 
-# %%
-markdown_table(["method", "mean of p̂ / p, scalar", "gap, ring", "gain, digits"], rows)
+# %% tags=["hide-input"]
+titles = ["method", "mean of p̂ / p, scalar", "gap, ring", "gain, digits"]
+markdown_table(titles, rows)
 
 # %% [markdown]
 # ## Summary
@@ -1400,7 +1491,7 @@ print("below the ELBO at 1.4:", one_step(1.4) < exact_bound(0, 1.0))
 # turns = Maps([Rotation(math.pi / 2**k) for k in range(4)])
 # wide = Independent(Normal(torch.tensor([[1.5, 0.3]]), 0.7), 1)
 # with torch.no_grad():
-#     path = metvae_path(ring, wide, x_ring[:1], 50_000, settings=turns)
+#     path = mcvae.metvae_path(ring, wide, x_ring[:1], 50_000, settings=turns)
 # ratio = mean_ratio(path, log_ring)
 # checks.within_error(ratio.mean, 1.0, ratio.se, label="the mean weight", hint=hint)
 # cover = targets.circular_coverage(path.z).item()
@@ -1441,7 +1532,7 @@ wide = Independent(Normal(torch.tensor([[1.5, 0.3]]), 0.7), 1)
 # %%
 # NBVAL_CHECK_OUTPUT
 with torch.no_grad():
-    path = metvae_path(ring, wide, x_ring[:1], 50_000, settings=turns)
+    path = mcvae.metvae_path(ring, wide, x_ring[:1], 50_000, settings=turns)
 ratio = mean_ratio(path, log_ring)
 checks.within_error(ratio.mean, 1.0, ratio.se, label="the mean weight")
 cover = targets.circular_coverage(path.z).item()
@@ -1520,7 +1611,8 @@ checks.within_error(ratio.mean, 1.0, ratio.se, label="the mean weight")
 # precision = torch.tensor([[2.0, 1.8], [1.8, 2.0]]).double()
 # hint = "pi_k is Gaussian with precision (1 - beta) I / s**2 + beta P; beta runs to 1"
 # normal, zero = torch.distributions.MultivariateNormal, torch.zeros(2).double()
-# target, start = normal(zero, None, precision), normal(zero, 0.49 * torch.eye(2).double())
+# target = normal(zero, precision_matrix=precision)
+# start = normal(zero, 0.49 * torch.eye(2).double())
 # both = [float(torch.distributions.kl_divergence(*p)) for p in ((start, target), (target, start))]
 # checks.close(annealing_gap(0.7, 0), both[0], rtol=1e-4, label="no step", hint=hint)
 # limit = 400 * float(annealing_gap(0.7, 199))
@@ -1554,22 +1646,24 @@ def annealing_gap(scale, K):
     return 0.5 * (trace - 2 - torch.logdet(product)).sum()
 
 
-scales = torch.linspace(0.3, 3.0, 541)
-best = {K: scales[torch.stack([annealing_gap(s, K) for s in scales]).argmin()].item()
-        for K in (0, 50)}  # fmt: skip
+scales, best = torch.linspace(0.3, 3.0, 541), {}
+for K in (0, 50):
+    best[K] = scales[torch.stack([annealing_gap(s, K) for s in scales]).argmin()]
 qp = (2 / precision.trace()).sqrt().item()
 pq = (precision.inverse().trace() / 2).sqrt().item()
-print(f"qp {qp:.2f} = best at K = 0, {best[0]:.2f}; at K = 50 {best[50]:.2f}; pq {pq:.2f}")
+print(f"qp {qp:.2f}, pq {pq:.2f}")
+print(f"best at K = 0 {best[0]:.2f}, at K = 50 {best[50]:.2f}")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-gaussian_of = torch.distributions.MultivariateNormal
-target = gaussian_of(torch.zeros(2).double(), precision_matrix=precision)
-start = gaussian_of(torch.zeros(2).double(), 0.49 * torch.eye(2).double())
-both = [float(torch.distributions.kl_divergence(*p))
-        for p in ((start, target), (target, start))]  # fmt: skip
+normal, zero = torch.distributions.MultivariateNormal, torch.zeros(2).double()
+target = normal(zero, precision_matrix=precision)
+start = normal(zero, 0.49 * torch.eye(2).double())
+kl = torch.distributions.kl_divergence
+both = [float(kl(*pair)) for pair in ((start, target), (target, start))]
 checks.close(annealing_gap(0.7, 0), both[0], rtol=1e-4, label="no step")
-checks.close(400 * float(annealing_gap(0.7, 199)), sum(both), rtol=2e-2, label="many steps")
+limit = 400 * float(annealing_gap(0.7, 199))
+checks.close(limit, sum(both), rtol=2e-2, label="many steps")
 
 # %% [markdown]
 # ```{solution-end}
