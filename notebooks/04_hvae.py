@@ -33,10 +33,10 @@
 # %% tags=["parameters"]
 seed: int = 0  # of every random stream in the chapter
 num_draws: int = 20_000  # paths behind each entry of the oracle table
-num_updates: int = 150  # updates of each method on the ring
+num_updates: int = 100  # updates of each method on the ring
 num_paths: int = 2000  # paths that judge a method on the ring
-num_images: int = 8  # test digits of the equal-cost figure, and as many to tune on
-num_fits: int = 500  # updates of each fit of the Gaussian experiment
+num_images: int = 6  # test digits of the equal-cost figure, and as many to tune on
+num_fits: int = 400  # updates of each fit of the Gaussian experiment
 device: str = "cpu"  # where the trained decoder is evaluated
 
 # %% tags=["hide-input"]
@@ -237,7 +237,7 @@ def hamiltonian_log_weight(log_joint, q, z, noise, step_size, alphas):
 #
 # A flow with the printed sign is still a flow, and so still gives a bound: {eq}`eq-hvae-unbiased` does not care where the force points. It is only a bad one, which is why such an error goes unnoticed.
 
-# %%
+# %% tags=["hide-input"]
 z0, noise = torch.randn(2, num_draws, 1, 1)
 log_joint = partial(scalar.log_joint, x_scalar)
 cooling = HamiltonianFlow(1, 3, "paper", step_size=0.3, beta0=0.5).alphas().detach()
@@ -294,7 +294,7 @@ claim("the gradient of a path is the same to the bit", torch.equal(*slopes))
 # Training keeps the whole path for the backward pass, so memory grows with $K$. `recompute=True` keeps the state after each step alone and computes the step again when its gradient is needed: the same gradient, in about half as much time again. What autograd holds for one update of the digits' decoder with fifty images:
 
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
 def kept_megabytes(K, **options):
     kept = [0]
@@ -368,7 +368,7 @@ claim("ten steps can be worse than none", bounds["K = 10, hot"] < plain_elbo)
 #
 # {numref}`fig-hvae-modes` shows where tempering pays. The target has 30 % of its mass at $-2$ and 70 % at $+2$, both of standard deviation 0.5, and $q_0$ sits on the smaller mode with the right width, which is where a mode-seeking encoder ends. We scan the step size for both flows, so that neither is judged at the other's best value.
 
-# %%
+# %% tags=["hide-input"]
 centres, scale = torch.tensor([-2.0, 2.0]), 0.5
 shares = torch.tensor([0.3, 0.7])
 
@@ -419,9 +419,9 @@ claim("with tempering more than 5 % do", min(list(share.values())[1:]) > 0.05)
 # Two readings of this table. Without tempering the bound is close to $\log 0.3 = -1.2$ and the *estimated* mean of $\hat p$ close to 0.3: an importance sampler that never visits the right mode is unbiased in principle and wrong in every sample that one will ever see, as in chapter 6.
 # With tempering the mode is reached, and the *bound* is worse. The paths that bring the missing mass are those that arrive on the right *and* at rest; they are few and carry large weights, so the estimated mean may still be low, and most other paths end between the modes or still hot. To reach a mode is one thing, a tight bound another, and training follows the bound.
 #
-# {numref}`fig-hvae-flow` shows a trained flow on the posterior of chapter 1 whose two causes are known only by their sum: $x = z_1 + z_2 + \text{noise}$. A diagonal $q_0$ cannot be correlated; momentum can make it so. The control has the same steps and no cooling.
+# {numref}`fig-hvae-flow` shows a trained flow on the posterior of chapter 1 whose two causes are known only by their sum: $x = z_1 + z_2 + \text{noise}$. A diagonal $q_0$ cannot be correlated; momentum can make it so. The control has the same steps and no cooling. With a single mode there is no barrier to cross; see in the table whether cooling pays here.
 
-# %%
+# %% tags=["hide-input"]
 two_causes = LinearGaussian(torch.ones(1, 2), torch.zeros(1), 0.3)
 two_causes.requires_grad_(False)
 fits = {}
@@ -434,7 +434,7 @@ for name, K, rule in [
     encoder = targets.FreeGaussian(torch.tensor([[0.5, 0.5]]), 0.5)
     flow = HamiltonianFlow(2, K, rule, step_size=0.2, varied=True)
     path_fn = partial(hvae_path, flow=flow)
-    fit = dict(learned=flow, num_updates=2 * num_updates, learning_rate=0.03)
+    fit = dict(learned=flow, num_updates=3 * num_updates, learning_rate=0.03)
     targets.fit_path(path_fn, two_causes, encoder, x_scalar, **fit)
     with torch.no_grad():
         path = path_fn(two_causes, encoder(x_scalar), x_scalar, num_paths)
@@ -529,7 +529,7 @@ def annealed_dynamics(log_p, q, z, step_size, betas, eta):
 #
 # **Learned again: MCD.** In today's form of HVI the refresh of UHA is reversed by $\mathcal{N}\bigl(\eta \rho'_{k+1} + (1 - \eta^2)\, s, (1 - \eta^2) I\bigr)$ with a small network $s$ that starts at zero, so that training begins at UHA {cite:p}`doucet2022mcd`. In continuous time the best $s$ is a score, and the reverse path a diffusion model whose forward process is the annealed chain.
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
 betas, half = torch.arange(1, 6) / 6, 0.2**0.5
 z0 = torch.randn(num_draws, 1, 1)
@@ -607,7 +607,7 @@ claim("skipping overestimates p(x)", skipped.mean - 1 > 4 * skipped.se)
 #
 # a path derivative with the decisions held fixed, and a score term whose baseline $b$ is the mean of the *other* paths of the same observation. That is `score_function_surrogate(path.log_weights, path.log_decisions)` of chapter 1. How much of the noise does the second term bring?
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
 annealed, slopes = Bridge(1, 3, step_size=0.9), {"path": [], "score": []}
 for _ in range(200):
@@ -680,7 +680,7 @@ claim("Barker: the weight does not depend on the last decision", same)
 #
 # Every method on the scalar model, with five steps ($K = 3$ for maps) of a size that nobody tuned, and random networks where a network is to be learned: the mean of $\hat p / p(x)$ must be one, the bound must agree with its exact value where we have one, and lie below $\log p(x)$ everywhere. The last rows are there to fail.
 
-# %%
+# %% tags=["hide-input"]
 torch.manual_seed(seed + 1)
 scored = Bridge(1, 5, step_size=half, persistence=0.5, score=ScoreNetwork(1))
 thrown = Bridge(1, 5, step_size=half, on_target=True, score=ScoreNetwork(1))
@@ -711,7 +711,7 @@ exact = {
     "always accepted": bounds["K = 3, not cooled"],
 }
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
 rows, ratios = [], {}
 for name, (path_fn, settings) in oracle.items():
@@ -744,7 +744,7 @@ markdown_table(titles, rows, 3)
 # Each method trains its own $q_0$ from four starts, together with its step sizes and whatever else {numref}`tab-hvae-methods` lists, by the same number of updates and paths. We count cost in gradients (or, for RealNVP, evaluations) of the target for one path, and give the *same number* to importance sampling: $K + 1$ draws of a Gaussian, combined as in the importance-weighted bound, one of them chosen by its weight for the picture ({py:func}`amortised.targets.importance_path`).
 
 
-# %%
+# %% tags=["hide-input"]
 def make(name, dim, K, step_size=0.15):
     """A method with K steps: the path function, and what it learns beside q."""
     step = dict(step_size=step_size, varied=True)
@@ -766,7 +766,7 @@ def make(name, dim, K, step_size=0.15):
     return partial(path_fn, settings=settings), settings
 
 
-# %%
+# %% tags=["hide-input"]
 ring, x_ring = targets.Ring(), torch.full((4, 1), 8 * math.pi)
 ring.requires_grad_(False)
 starts = torch.tensor([[1.9, 0.0], [0.0, 1.9], [-1.0, 0.3], [0.5, 0.5]])
@@ -838,7 +838,7 @@ ahead = means["IWAE"] < means["HVAE"]
 claim("IWAE is ahead of the deterministic flow at equal cost", ahead, is_trained)
 
 # %% [markdown]
-# Read {numref}`fig-hvae-ring` together with the table. The errors are over starts, and the last start, inside the ring, is the hard one: a mean-field Gaussian that begins there ends at a worse local optimum than the arc. Four or five gradients do not carry paths around the ring. What the chains do is make the arc *longer* at the same price, and each learns a $q_0$ that suits its steps.
+# Read {numref}`fig-hvae-ring` together with the table. The standard errors are over starts, and the last start, inside the ring, is the hard one: a mean-field Gaussian that begins there ends at a worse local optimum than the arc. Four or five gradients do not carry paths around the ring. What the chains do is make the arc *longer* at the same price, and each learns a $q_0$ that suits its steps.
 # The flow that is always accepted is in a class of its own here. It is trained for this one $x$, so it need not be amortised: that comparison follows with the digits.
 #
 # ## Bound gap at equal cost
@@ -863,7 +863,7 @@ x_tune = some((data.load_mnist("train").images > 0.5).float())
 x_test = some(data.load_mnist_binary("test").images)
 
 
-# %%
+# %% tags=["hide-input"]
 @torch.no_grad()
 def on_digits(path_fn, x, num_samples=8):
     path = path_fn(decoder, encoder(x), x, num_samples)
@@ -874,12 +874,12 @@ def tuned(name, K):
     """The path function at the step size that is best on the images to tune on."""
     if name == "IWAE":
         return partial(targets.importance_path, num_inner=K + 1)
-    steps = (0.03, 0.06, 0.12, 0.24)
+    steps = (0.05, 0.1, 0.2)
     options = [make(name, decoder.latent_dim, K, step)[0] for step in steps]
     return max(options, key=lambda path_fn: on_digits(path_fn, x_tune)[0].mean())
 
 
-# %%
+# %% tags=["hide-input"]
 torch.manual_seed(seed + 3)
 on_target = ["HVAE, cooled", "HVAE, not cooled", "MetFlow"]
 ON_DIGITS = ["IWAE", *on_target, "L-MCVAE", "A-MCVAE", "UHA"]
@@ -936,12 +936,13 @@ print("digits, 17 evaluations, within one error of the best:", *near)
 # **Is the tighter bound the one with less variance?** The HVAE paper argues so: for small relative variance, $\log p - \mathbb{E} \log \hat p \approx \tfrac12 \operatorname{Var}(\hat p / p)$. If $\log \hat p$ is Gaussian, unbiasedness makes the gap *equal* to half its variance. {numref}`fig-hvae-variance` tests this over all estimators of the chapter.
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-variance", "caption": "Bound gap against half the variance of $\\log \\hat p$: every method, budget and start on the ring, every row of the oracle table, and every method and budget on the digits (with the estimate of 2,000 draws in the place of $\\log p$). On the line the weights would be log-normal."}, "image": {"alt": "A scatter plot on logarithmic axes with a diagonal line. Points of the scalar model lie near or below the line; most points of the ring lie above it; those of the digits lie near it."}}
+# %% tags=["hide-input"]
 def halves(path, log_p):
     gaps, spread = log_p - path.log_weights.mean(0), path.log_weights.var(0) / 2
     return list(zip(gaps.tolist(), spread.tolist(), strict=True))
 
 
+# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-variance", "caption": "Bound gap against half the variance of $\\log \\hat p$: every method, budget and start on the ring, every row of the oracle table, and every method and budget on the digits (with the estimate of 2,000 draws in the place of $\\log p$). On the line the weights would be log-normal."}, "image": {"alt": "A scatter plot on logarithmic axes with a diagonal line. Points of the scalar model lie near or below the line; most points of the ring lie above it; those of the digits lie near it."}}
 points = {"ring": []}
 for path in on_the_ring.values():
     points["ring"] += halves(path, log_ring)
@@ -956,8 +957,8 @@ for (name, values), marker in zip(points.items(), "osD", strict=True):
     ax.scatter(*torch.tensor(values).T.flip(0), s=14, marker=marker, label=name)
 ends = torch.tensor([0.05, 8.0])
 ax.plot(ends, ends, **plotting.LINES["reference"], label="log-normal weights")
-ax.set(xscale="log", yscale="log", ylabel="bound gap")
-ax.set_xlabel("half the variance of log p̂")
+ax.loglog()
+ax.set(xlabel="half the variance of log p̂", ylabel="bound gap")
 ax.legend()
 plt.show()
 
@@ -975,7 +976,7 @@ claim("most gaps on the ring exceed 1.5 half variances", above > 0.5, is_trained
 #
 # The HVAE paper's first experiment is a model that can be solved: *one* latent $z \sim \mathcal{N}(0, I_d)$ for a data set of $N = 10{,}000$ observations $x_i \sim \mathcal{N}(z + \Delta, \operatorname{diag} \sigma^2)$. The offsets $\Delta$ and scales $\sigma$ are fitted by each method's bound, for $d$ from 1 to 301, and the error is $\lVert \hat\Delta - \Delta \rVert^2 + \lVert \hat\sigma - \sigma \rVert^2$, averaged over ten data sets. The figure puts HVAE far below mean-field variational Bayes and a planar flow, and tempered HVAE below untempered. We can do all of it in seconds, because everything is affine: for each dimension a trajectory is a $2 \times 2$ matrix on (distance to the posterior mean, momentum), and the bound needs only its entries. All $d$, dimensions and data sets fit into one tensor of $10 \times 701$ numbers.
 
-# %%
+# %% tags=["hide-input"]
 dims, N, num_sets = [1, 2, 3, 5, 11, 25, 51, 101, 201, 301], 10_000, 10
 owner = torch.cat([torch.full((d,), i) for i, d in enumerate(dims)])
 size = torch.tensor(dims)[owner].double()
@@ -1035,7 +1036,7 @@ def affine_bound(fit, K, delta):
     return data_term - 0.5 * (z**2 + z_variance + rho_square) + 1
 
 
-# %%
+# %% tags=["hide-input"]
 def fit_gaussian(K, is_cooled):
     fit = {"log_sigma": torch.full(centre.shape, 3.0)}
     fit["raw_step"] = torch.full(centre.shape, 0.01).logit()  # a step of 0.005
@@ -1067,7 +1068,7 @@ floor = errors(centre, (spread * N / (N - 1)).sqrt())  # exact maximum likelihoo
 # Mean-field variational Bayes loses nothing here, since the true posterior *is* diagonal. Its optimum is exactly maximum likelihood, which we check by its gradient; and we run it for the published budget, 30,000 steps of RMSProp at $10^{-3}$ from $\Delta = 0$, with exact gradients instead of ten draws.
 
 
-# %%
+# %% tags=["hide-input"]
 def variational_slopes(delta, log_sigma, mean, log_scale):
     """Gradient of the mean-field bound in its four parameters."""
     precision, variance = N * (-2 * log_sigma).exp(), (2 * log_scale).exp()
@@ -1093,7 +1094,7 @@ def mean_field_fit(num_steps, learning_rate=1e-3):
 
 
 # %%
-budget = mean_field_fit(60 * num_fits)
+budget = mean_field_fit(75 * num_fits)
 fitted["mean-field VB, published budget"] = errors(budget[0], budget[1].exp())
 variance = spread * N / (N - 1)
 exact_scale = -0.5 * (1 + N / variance).log()
@@ -1129,7 +1130,7 @@ for name, value in excess.items():
 #
 # **The optimiser.** The published VB curve is far above the line at large $d$ and below it at small $d$, where nothing can be. In VB $\Delta$ and the mean of $z$ enter the data only as a sum; RMSProp splits $\bar x$ between them, then slides slowly along the ridge, so a run that stops early has not moved far from its start, $\Delta = 0$, which is close to the truth at small $d$ and far from it at large. The author code also initialises once for each $d$ and trains the ten data sets one after the other, each from the optimum of the one before: the ten runs are one chain. Our fresh starts, with the same budget, land far above the published points at $d = 301$ (compare line and crosses in {numref}`fig-hvae-gaussian`): a chain that starts near the next optimum has less far to slide.
 #
-# **The missing one half.** The code of the planar flow leaves out the factor $\tfrac12$ of the squared error. A planar flow whose layers share one $(u, w, b)$ changes one direction only, so $\operatorname{Var} z_j$ stays near one in all others, and the fitted variance must absorb it: $\hat\sigma^2 = \sigma^2 + 1$ with the half, $2\sigma^2 + 1$ without. We train both at $d = 51$, and a flow with ten untied layers.
+# **The missing one half.** The code of the planar flow expands the squared error and leaves out the factor $\tfrac12$ of the term $\sum_i (x_i - \Delta)^2$, which VB and HVAE have. A planar flow whose layers share one $(u, w, b)$ changes one direction only, so $\operatorname{Var} z_j$ stays near one in all others, and the fitted variance must absorb it: $\hat\sigma^2 = \sigma^2 + 1$ with the half, $2\sigma^2 + 1$ without. We train both at $d = 51$, and a flow with ten untied layers.
 
 # %%
 inside = owner == dims.index(51)
@@ -1137,9 +1138,8 @@ data_mean, data_spread, sd = (
     values[..., inside].float() for values in (centre[0], spread[0], sigma)
 )
 
-# %%
 
-
+# %% tags=["hide-input"]
 class Untrained(nn.Module):  # the prior as q0
     def forward(self, x):
         return Independent(Normal(torch.zeros(1, 51), 1.0), 1)
@@ -1152,7 +1152,9 @@ def planar_excess(factor, layers):
 
     def log_density(z):
         misfit = data_spread + (z + offset - data_mean) ** 2
-        fit = -N * log_sigma - factor * N * misfit * (-2 * log_sigma).exp()
+        constant = data_spread + (offset - data_mean) ** 2  # without z
+        total = 0.5 * misfit + (factor - 0.5) * constant
+        fit = -N * log_sigma - N * total * (-2 * log_sigma).exp()
         return (fit - 0.5 * z**2).sum(-1)
 
     learned = nn.ModuleList([*layers, nn.ParameterList([log_sigma, offset])])
@@ -1164,7 +1166,7 @@ def planar_excess(factor, layers):
     return (log_sigma.detach().exp() - sd).square().sum().item()
 
 
-# %%
+# %% tags=["hide-input"]
 torch.manual_seed(seed + 5)
 flows = {
     "planar, tied, with the half": (0.5, [mcvae.PlanarFlow(51)]),
@@ -1194,7 +1196,7 @@ markdown_table(titles, rows, decimals=1)
 # {numref}`fig-hvae-gaussian`, right, scans it. From small steps ten steps end in the first dip, at $c = 0.99$: they look *worse* than one step, at $0.41$. Near the limit of stability $u = 4$ the same ten steps leave less than a hundredth. The published conclusion that tempering is needed holds for optimisers that start at small steps.
 
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
 def residual(u, K):
     return 1 - u / 4 * torch.sin(K * torch.arccos(1 - u / 2)) ** 2
@@ -1208,7 +1210,7 @@ for K in (1, 10):
     error = (variance - spread - residual(u, K)).abs().max()
     ends_at[K] = u.mean()
     print(f"K = {K}: u = {u.mean():.3f}, c = {residual(u, K).mean():.3f}")
-    claim("the fit agrees with the formula", error < 1e-6, num_fits >= 500)
+    claim("the fit agrees with the formula", error < 1e-6, num_fits >= 400)
 u = torch.tensor(3.976).double()
 print(f"K = 10 near the limit: u = {u:.3f}, c = {residual(u, 10):.3f}")
 
