@@ -131,9 +131,8 @@ class HamiltonianFlow(nn.Module):
         super().__init__()
         check_counts(latent_dim=latent_dim)
         check_counts(num_steps=num_steps, minimum=0)
-        if tempering not in ("none", "free", *FIXED_RULES):
-            choices = ", ".join(("none", "free", *FIXED_RULES))
-            raise ValueError(f"tempering must be one of {choices}; got {tempering!r}")
+        if tempering not in (kinds := ("none", "free", *FIXED_RULES)):
+            raise ValueError(f"tempering must be one of {', '.join(kinds)}; got {tempering!r}")
         self.num_steps, self.max_step_size = num_steps, max_step_size
         self.tempering = tempering if num_steps else "none"
         rows = num_steps if varied else 1

@@ -86,8 +86,8 @@ class Bridge(nn.Module):
         self.num_steps, self.max_step_size, self.score = num_steps, max_step_size, score
         rows = num_steps if varied else 1
         self.raw_step_size = raw_step_size(rows, latent_dim, step_size, max_step_size)
-        raw = torch.tensor(persistence).logit()
-        self.raw_persistence = nn.Parameter(raw) if persistence else None
+        raw = nn.Parameter(torch.tensor(persistence).logit())
+        self.raw_persistence = raw if persistence else None
         self.raw_schedule = None if on_target else nn.Parameter(torch.zeros(num_steps + 1))
 
     def step_sizes(self) -> Tensor:
@@ -479,14 +479,13 @@ def metvae_path(
     if rule not in ("barker", "metropolis", "always"):
         raise ValueError(f"acceptance must be barker, metropolis or always; got {rule!r}")
     logdensity_fn = partial(model.log_joint, x)
-    evaluate: Evaluate = partial(
-        value_and_grad, logdensity_fn, create_graph=torch.is_grad_enabled()
-    )
-    if not any(transform.uses_gradient for transform in maps):
-        is_needed = rule != "always" and len(maps) > 0
+    uses_gradient = any(transform.uses_gradient for transform in maps)
+    is_needed = rule != "always" and len(maps) > 0
 
-        def evaluate(z: Tensor) -> tuple[Tensor | None, None]:
-            return (logdensity_fn(z) if is_needed else None), None
+    def evaluate(z: Tensor) -> tuple:
+        if uses_gradient:
+            return value_and_grad(logdensity_fn, z, torch.is_grad_enabled())
+        return (logdensity_fn(z) if is_needed else None), None
 
     z = q.rsample((num_samples,))
     state = LeapfrogState(z, torch.randn_like(z), *evaluate(z))
