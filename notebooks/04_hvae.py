@@ -291,7 +291,7 @@ claim("replacing adds noise", replaced.std() > 1.2 * full.std())
 claim("the gradient of a path is the same to the bit", torch.equal(*slopes))
 
 # %% [markdown]
-# Training keeps the whole path for the backward pass, so memory grows with $K$. `recompute=True` keeps the state after each step alone and computes the step again when its gradient is needed: the same gradient, in about half as much time again. What autograd holds for one update of the digits' decoder with fifty images:
+# Training keeps the whole path for the backward pass, so memory grows with $K$. `recompute=True` keeps the state after each step alone and computes the step again when its gradient is needed: the same gradient, for one more evaluation of each step. What autograd holds for one update of the digits' decoder with fifty images:
 
 
 # %% tags=["hide-input"]
@@ -737,7 +737,7 @@ markdown_table(titles, rows, 3)
 #
 # ## A ring
 #
-# The standard picture of the Monte Carlo auto-encoder paper is a posterior in the plane that no Gaussian fits: $z \sim \mathcal{N}(0, I_2)$, $x \mid z \sim \mathcal{N}(\alpha (\lVert z \rVert + \beta), 1)$ with $\alpha = 2\pi$, $\beta = 2$, at $x = 8 \pi$. It is a ring of radius nearly two. Its evidence is an integral over the radius, and the best diagonal Gaussian, which lies along an arc, has a gap of 1.86 nats.
+# The standard picture of the Monte Carlo auto-encoder paper is a posterior in the plane that no Gaussian fits: $z \sim \mathcal{N}(0, I_2)$, $x \mid z \sim \mathcal{N}(\alpha (\lVert z \rVert + \beta), 1)$ with $\alpha = 2\pi$, $\beta = 2$, at $x = 8 \pi$. It is a ring of radius nearly two. Its evidence is an integral over the radius, and the best diagonal Gaussian lies along an arc; its gap heads the table below.
 #
 # (In the published notebook the baselines of this figure use a squared error without its factor one half. They are fitted to another posterior than the chains are.)
 #
@@ -832,7 +832,7 @@ plt.show()
 # NBVAL_CHECK_OUTPUT
 means = {name: gap(on_the_ring[name, 4])[0].mean for name in METHODS}
 print(f"log p(x) = {log_ring:.3f}")
-print(f"best mean-field gap 1.86, found {gap(mean_field)[1]:.1f}")
+print(f"mean-field gap from the best start {gap(mean_field)[1]:.1f}")
 claim("every path is a bound: no gap is negative", min(means.values()) > 0)
 ahead = means["IWAE"] < means["HVAE"]
 claim("IWAE is ahead of the deterministic flow at equal cost", ahead, is_trained)
@@ -1193,7 +1193,7 @@ markdown_table(titles, rows, decimals=1)
 # c(u) = 1 - \tfrac{u}{4} \sin^2\bigl(K \arccos(1 - \tfrac{u}{2})\bigr).
 # $$ (eq-hvae-residual)
 #
-# {numref}`fig-hvae-gaussian`, right, scans it. From small steps ten steps end in the first dip, at $c = 0.99$: they look *worse* than one step, at $0.41$. Near the limit of stability $u = 4$ the same ten steps leave less than a hundredth. The published conclusion that tempering is needed holds for optimisers that start at small steps.
+# {numref}`fig-hvae-gaussian`, right, scans it. From small steps ten steps end in the first dip and leave nearly all of the variance: they look *worse* than one step. Near the limit of stability $u = 4$ the same ten steps leave almost nothing (last line of the output). The published conclusion that tempering is needed holds for optimisers that start at small steps.
 
 
 # %% tags=["hide-input"]
@@ -1325,7 +1325,7 @@ for entry in final:
 #
 # ## A better posterior, or more parameters?
 #
-# The HVAE paper says that normalising flows leave open whether they gain by a more accurate posterior or simply by their parameters, and that a flow built from the target has few of them. It does not test this. The rows below do, on the same base and at equal updates: HVAE adds 42 numbers; planar and RealNVP flows add many and do not see the target; a wider encoder adds as many as RealNVP and no flow at all; and the last control runs the *same dynamics* on a learned potential that does not see $x$. Two rows train the cheap methods for as many seconds as HVAE takes.
+# The HVAE paper says that normalising flows leave open whether they gain by a more accurate posterior or simply by their parameters, and that a flow built from the target has few of them. It does not test this. The rows below do, on the same base and at equal updates: HVAE adds $D + K$ numbers; planar and RealNVP flows add many and do not see the target; a wider encoder adds as many as RealNVP and no flow at all; and the last control runs the *same dynamics* on a learned potential that does not see $x$. Two rows train the cheap methods for as many seconds as HVAE takes.
 
 # %% tags=["hide-input"]
 controls = {
@@ -1432,7 +1432,7 @@ markdown_table(titles, rows)
 # - *Gradients and cost.* Deterministic and uncorrected steps are trained through the dynamics; a decision needs a score term, which can dominate the noise. $K$ steps cost $K + 1$ gradients.
 # - *Tempering* lets a trajectory cross a barrier that its energy forbids; a bound may still get worse.
 # - *Ways to stop being a bound, or a comparison:* skip moves by a rule that the weight ignores; use Metropolis where a rejection is impossible and call it unbiased; adapt steps along the path; compare with a baseline that lacks a factor $\tfrac12$, or has not converged.
-# - *Small differences.* With a run-to-run deviation of 0.175 nats two runs a cell cannot rank neighbours. At equal cost, importance sampling is the control that is hardest to beat on our small problems.
+# - *Small differences.* Two runs a cell cannot rank neighbours when the published gains are a few standard deviations of a single run. At equal cost, importance sampling is the control that is hardest to beat on our small problems.
 #
 # Methods in this line go on: learned transport between annealing steps, and samplers that learn the drift of the whole reverse process. For Bayesian linear regression DAIS converges as $K$ grows with full-batch gradients and not with mini-batches {cite:p}`zhang2021dais`. One public library's HVAE is no reference for any of this: its position update uses the full momentum, its tempering is overwritten, and no gradient passes through the leapfrog {cite:p}`chadebec2022pythae`.
 #
