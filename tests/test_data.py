@@ -594,3 +594,13 @@ def test_module_runs_as_a_program():
     command = [sys.executable, "-m", "amortised.data", "list"]
     printed = subprocess.check_output(command, text=True, stderr=subprocess.STDOUT)
     assert re.match(r"mnist .*\nmnist_static +fetched +109\.8 MB +none stated", printed)
+
+
+def test_drawn_images_are_distinct_and_nested():
+    drawn = data.drawn_images(500, image_seed=3)
+    assert len(drawn.unique()) == 500 and torch.equal(data.drawn_images(20, 3), drawn[:20])
+    assert not torch.equal(drawn, data.drawn_images(500, image_seed=4))
+    assert torch.equal(data.drawn_images(500), torch.arange(500))
+    for number in (0, 10_001):
+        with pytest.raises(ValueError, match=f"from 1 to 10,000.*; got {number}"):
+            data.drawn_images(number, 3)

@@ -531,11 +531,9 @@ def test_a_fit_is_resumed_and_repeats(tmp_path):
 
 def test_settings_of_a_fit_are_checked():
     model, x = linear_gaussian()
-    for name in ("num_steps", "num_samples", "num_starts"):
+    for name in ("num_steps", "num_starts"):
         with pytest.raises(ValueError, match=f"{name} must be an integer, at least 1; got 0"):
             fit_full_covariance(model, x, **{name: 0})
-    with pytest.raises(ValueError, match=r"num_samples must be even, .*; got 3"):
-        fit_full_covariance(model, x, num_samples=3)
 
 
 def test_a_fit_that_is_not_finite_names_its_image():

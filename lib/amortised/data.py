@@ -453,6 +453,26 @@ def load_mnist_binary(split: str = "test") -> Digits:
     return Digits(images, labels)
 
 
+def drawn_images(num_images: int, image_seed: int | None = None) -> torch.Tensor:
+    """Which of the 10,000 test images an evaluation uses: random ones, the same for every method.
+
+    :param num_images: n; fewer images are the first of more.
+    :param image_seed: of the drawing, without replacement; ``None`` takes the first n images, which
+        are some three nats easier than the average one.
+    :return: their numbers, ``[n]``.
+    :raises ValueError: if n is not between 1 and 10,000.
+
+    >>> drawn_images(3), drawn_images(3, image_seed=2017)
+    (tensor([0, 1, 2]), tensor([7055, 5456, 3264]))
+    """
+    if not 1 <= num_images <= 10_000:
+        raise ValueError(f"num_images must be from 1 to 10,000, the test images; got {num_images}")
+    if image_seed is None:
+        return torch.arange(num_images)
+    generator = torch.Generator().manual_seed(image_seed)
+    return torch.randperm(10_000, generator=generator)[:num_images]
+
+
 def load_static_mnist(split: str = "train", dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Statically binarised MNIST, fetched at first use (110 MB).
 

@@ -43,6 +43,7 @@ from .training import fit, gradient_step, half_cosine
 
 BLOCK_SIZE = 100  # images that share a random stream, hence also what is kept or lost as one
 
+_PAIRS_PER_STEP = 5  # of opposite draws, behind each natural gradient
 _SAMPLES_PER_DRAW = 25  # importance samples drawn at once; part of what the random stream means
 
 Proposal = Callable[[Tensor], Distribution]
@@ -408,8 +409,8 @@ def fit_full_covariance(
     x: Tensor,
     *,
     num_steps: int = 50,
-    num_samples: int = 10,
     num_starts: int = 3,
+    diagonal: bool = False,
     seed: int = 0,
     likelihood: Likelihood | None = None,
     work: Work = Work(),
@@ -432,9 +433,9 @@ def fit_full_covariance(
     latents; of 512 samples of :func:`importance_sampling_ll` about half are effective.
 
     :param x: observations, ``[N, P]``, on the device of the model: those to be evaluated.
-    :param num_steps: of natural gradient. A start costs ``num_steps * num_samples`` gradients.
-    :param num_samples: in each step; even.
+    :param num_steps: of natural gradient; a start costs ten gradients of the likelihood in each.
     :param num_starts: R.
+    :param diagonal: keep L diagonal: mean-field Gaussians, fitted to each image with equal effort.
     :param seed: with the number of the block, it determines every draw.
     :param likelihood: as for :func:`hais_ll`.
     :param work: where finished blocks are kept, and when to stop.
@@ -453,9 +454,7 @@ def fit_full_covariance(
     True
     """
     _check_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
-    check_counts(num_steps=num_steps, num_starts=num_starts, num_samples=num_samples)
-    if num_samples % 2:
-        raise ValueError(f"num_samples must be even, for pairs of opposite sign; got {num_samples}")
+    check_counts(num_steps=num_steps, num_starts=num_starts)
     prior_and_grad = ais.log_prob_and_grad(model.prior())
 
     def evaluate(block: _Block) -> dict[str, Tensor]:
@@ -465,14 +464,14 @@ def fit_full_covariance(
         scale = torch.eye(model.latent_dim).to(loc).repeat(*loc.shape[:2], 1, 1)
         for step in range(num_steps):
             done = step / num_steps
-            shape = (num_samples // 2, *loc.shape)
+            shape = (_PAIRS_PER_STEP, *loc.shape)
             half = torch.randn(shape, generator=generator, dtype=loc.dtype, device=x.device)
             noise = torch.cat([half, -half])
             z = loc + (scale @ noise[..., None])[..., 0]
             power = min(1.0, 0.05 ** (1.0 - 2.0 * done))
             grad = power * fast(z)[1] + prior_and_grad(z)[1]
             rate = 0.5 * half_cosine(max(0.0, 2.0 * done - 1.0))
-            loc, scale = _natural_step(loc, scale, noise, grad, rate)
+            loc, scale = _natural_step(loc, scale, noise, grad, rate, diagonal)
         invalid = ~(loc.sum((0, 2)) + scale.sum((0, 2, 3))).isfinite()
         if invalid.any():
             raise FloatingPointError(
@@ -491,7 +490,7 @@ def _log_joint(model: LatentVariableModel, fast: ValueAndGrad) -> Callable[[Tens
 
 
 def _natural_step(
-    loc: Tensor, scale: Tensor, noise: Tensor, grad: Tensor, rate: float
+    loc: Tensor, scale: Tensor, noise: Tensor, grad: Tensor, rate: float, diagonal: bool
 ) -> tuple[Tensor, Tensor]:
     """Means ``[R, B, D]`` and Cholesky factors one step further, from K draws ``[K, R, B, D]``."""
     whitened = (scale.mT @ grad[..., None])[..., 0] + noise
@@ -499,6 +498,7 @@ def _natural_step(
     moment = torch.einsum("krbi,krbj->rbij", whitened, noise) / len(noise)
     low = (0.5 * (moment + moment.mT)).tril()
     low.diagonal(dim1=-2, dim2=-1).mul_(0.5)
+    low = low.diagonal(dim1=-2, dim2=-1).diag_embed() if diagonal else low
     length = (shift.square().sum(-1) + low.square().sum((-2, -1))).sqrt()
     rates = (rate / (rate * length).clamp(min=1.0))[..., None]
     loc = loc + rates * (scale @ shift[..., None])[..., 0]

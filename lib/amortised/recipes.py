@@ -342,7 +342,7 @@ def evaluate_distillation(run: Run) -> Outcome:
     """
     config, work, seed = run.config, run.work, run.seed
     decoder = _on_device(run.network("decoder"), run.device)
-    x = _random_images(config).to(run.device)
+    x = _held_out_images(config).to(run.device)
     per_image, seconds = {}, {}
     if config["hais_images"]:
         annealing, few = _annealing(config, seed), x[: config["hais_images"]]
@@ -382,15 +382,14 @@ def evaluate_distillation(run: Run) -> Outcome:
     return Outcome(per_image, seconds, {})
 
 
-def _random_images(config: Mapping[str, object]) -> Tensor:
+def _held_out_images(config: Mapping[str, object]) -> Tensor:
     """Random binary images of the test set, or of the training images that are held back."""
-    chosen = torch.Generator().manual_seed(config["image_seed"])
+    drawn = data.drawn_images(10_000, config["image_seed"])
     if config["held_out"] == "test":
-        images = data.load_mnist_binary("test").images
-    else:
-        grey = data.load_mnist("train", dtype=torch.uint8).images[-VALIDATION_IMAGES:]
-        images = data.binarise(grey, generator=chosen)
-    return images[torch.randperm(len(images), generator=chosen)[: config["images"]]]
+        return data.load_mnist_binary("test").images[drawn[: config["images"]]]
+    grey = data.load_mnist("train", dtype=torch.uint8).images[-VALIDATION_IMAGES:]
+    generator = torch.Generator().manual_seed(config["image_seed"])
+    return data.binarise(grey, generator=generator)[drawn[drawn < len(grey)][: config["images"]]]
 
 
 def _diagnose(run: Run, decoder: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -478,46 +477,93 @@ def evaluate_decoder(run: Run) -> Outcome:
     """Estimates of the evidence of the fixed binary test images, with bounds on simulated pairs.
 
     Importance sampling from the row's own encoder, where it has a density, and from a Gaussian that
-    is fitted after training; annealing from the prior with fresh momentum at each temperature; and
-    bounds from both sides on simulated pairs, at the same settings.
+    is fitted after training; annealing from the prior; and bounds from both sides on simulated
+    pairs, at the same settings. Momenta are fresh at each temperature, and the values called
+    ``ais``; where ``hais_images`` says for how many images, they are carried, and it is ``hais``.
+
+    Where the options ask for them: ``full_is``, importance sampling from Gaussians of full
+    covariance fitted to each of ``full_covariance_images``; and ``control_bound``, a bound on all
+    test images from the Gaussian fitted after training, which predicts the other values
+    (:func:`amortised.evaluation.regression_mean`). Each uses the first images of
+    :func:`amortised.data.drawn_images`.
     """
     config, work, seed = run.config, run.work, run.seed
     decoder = _on_device(run.network("decoder"), run.device)
     encoder = run.network("encoder")
-    x = data.load_mnist_binary("test").images[: config["images"]].to(run.device)
-    with seeded(seed, run.device):
-        proposal = _network("gaussian", run.device)
-    train = data.load_mnist("train").images[: config["training_images"]].to(run.device)
-    passes = {"epochs": config["proposal_epochs"], "batch_size": config["batch_size"], "seed": seed}
-    evaluation.fit_gaussian_proposal(
-        decoder, train, encoder=proposal, work=work.stage("proposal"), **passes
-    )
-    sampling = partial(
-        evaluation.importance_sampling_ll, decoder, num_samples=config["num_samples"], seed=seed
-    )
-    fitted = own = sampling(proposal, x, work=work.stage("posthoc_importance"))
-    seconds = {"importance sampling": fitted.seconds}
+    test = data.load_mnist_binary("test").images.to(run.device)
+    drawn = test[data.drawn_images(len(test), config.get("image_seed"))]
+    x = drawn[: config["images"]]
+    proposal = _fitted_proposal(run, decoder)
+    sampling = partial(evaluation.importance_sampling_ll, decoder, seed=seed)
+    samples = {"num_samples": config["num_samples"]}
+    found = {"posthoc_is": sampling(proposal, x, **samples, work=work.stage("posthoc_importance"))}
+    found["is"] = found["posthoc_is"]
+    seconds = {"importance sampling": found["is"].seconds}
     if isinstance(encoder, GaussianEncoder):
-        own = sampling(_on_device(encoder, run.device), x, work=work.stage("importance"))
-        seconds["importance sampling"] += own.seconds
-    annealing = _annealing(config, seed)
-    dtype = DTYPES[config["evaluation_dtype"]]
-    if dtype is not None:
-        annealing["likelihood"] = partial(log_likelihood_and_grad, decoder, dtype=dtype)
-    annealed = evaluation.hais_ll(decoder, x, **annealing, work=work.stage("annealing"))
-    pairs = config["simulated_pairs"]
-    bounds = evaluation.bdmc_ll(decoder, pairs, **annealing, work=work.stage("bounds"))
-    seconds |= {"annealing": annealed.seconds, "bounds": bounds.seconds}
-    per_image = {}
-    for name, estimate in (("is", own), ("posthoc_is", fitted), ("ais", annealed)):
-        per_image |= {f"{name}_ll": estimate.log_likelihood, f"{name}_ess": estimate.ess}
+        encoder = _on_device(encoder, run.device)
+        found["is"] = sampling(encoder, x, **samples, work=work.stage("importance"))
+        seconds["importance sampling"] += found["is"].seconds
+    if "full_covariance_images" in config:
+        found["full_is"], seconds["full covariance"] = _full_covariance(run, decoder, drawn)
+    name = "hais" if "hais_images" in config else "ais"
+    found[name], bounds = _annealed(run, decoder, drawn)
+    seconds |= {"annealing": found[name].seconds, "bounds": bounds.seconds}
+    per_image = {f"{kind}_ll": estimate.log_likelihood for kind, estimate in found.items()}
+    per_image |= {f"{kind}_ess": estimate.ess for kind, estimate in found.items()}
     per_image |= {
-        "ais_acceptance_rate": annealed.acceptance_rate,
+        f"{name}_acceptance_rate": found[name].acceptance_rate,
         "simulated_lower_bound": bounds.lower,
         "simulated_upper_bound": bounds.upper,
         "simulated_gap": bounds.gap,
     }
+    if "control_samples" in config:
+        samples = {"num_samples": config["control_samples"]}
+        samples["likelihood"] = partial(log_likelihood_and_grad, decoder)
+        control = sampling(proposal, test, **samples, work=work.stage("control"))
+        per_image["control_bound"], seconds["control"] = control.log_likelihood, control.seconds
     return Outcome(per_image, seconds, {})
+
+
+def _fitted_proposal(run: Run, decoder: nn.Module) -> nn.Module:
+    """A Gaussian encoder fitted to the finished decoder, on training images."""
+    config = run.config
+    with seeded(run.seed, run.device):
+        proposal = _network("gaussian", run.device)
+    train = data.load_mnist("train").images[: config["training_images"]].to(run.device)
+    passes = {"epochs": config["proposal_epochs"], "batch_size": config["batch_size"]}
+    passes |= {"seed": run.seed, "work": run.work.stage("proposal")}
+    return evaluation.fit_gaussian_proposal(decoder, train, encoder=proposal, **passes)
+
+
+def _full_covariance(
+    run: Run, decoder: nn.Module, drawn: Tensor
+) -> tuple[evaluation.LikelihoodEstimate, float]:
+    """Importance sampling from Gaussians of full covariance, and the seconds of both parts."""
+    x = drawn[: run.config["full_covariance_images"]]
+    settings = {"seed": run.seed, "likelihood": partial(log_likelihood_and_grad, decoder)}
+    fitted = evaluation.fit_full_covariance(
+        decoder, x, **settings, work=run.work.stage("full_covariance")
+    )
+    settings |= {"num_samples": run.config["full_covariance_samples"]}
+    estimate = evaluation.importance_sampling_ll(
+        decoder, fitted, x, **settings, work=run.work.stage("full_covariance_importance")
+    )
+    return estimate, fitted.seconds + estimate.seconds
+
+
+def _annealed(
+    run: Run, decoder: nn.Module, drawn: Tensor
+) -> tuple[evaluation.LikelihoodEstimate, evaluation.BDMCEstimate]:
+    """Annealing of test images, and bounds on simulated pairs at the same settings."""
+    config, work = run.config, run.work
+    annealing = _annealing(config, run.seed)
+    dtype = DTYPES[config["evaluation_dtype"]]
+    if dtype is not None:
+        annealing["likelihood"] = partial(log_likelihood_and_grad, decoder, dtype=dtype)
+    x = drawn[: config.get("hais_images", config["images"])]
+    annealed = evaluation.hais_ll(decoder, x, **annealing, work=work.stage("annealing"))
+    pairs = config["simulated_pairs"]
+    return annealed, evaluation.bdmc_ll(decoder, pairs, **annealing, work=work.stage("bounds"))
 
 
 def _annealing(config: Mapping[str, object], seed: int) -> dict[str, object]:
@@ -573,9 +619,8 @@ def evaluate_teacher(run: Run) -> Outcome:
     decoder = _on_device(run.network("decoder"), run.device)
     start = evaluation.load_module(_start(config)["decoder"]).half().float()  # as runs keep theirs
     start = _on_device(start, run.device)
-    chosen = torch.Generator().manual_seed(config["image_seed"])
     test = data.load_mnist_binary("test").images
-    x = test[torch.randperm(len(test), generator=chosen)[: config["images"]]].to(run.device)
+    x = test[data.drawn_images(config["images"], config["image_seed"])].to(run.device)
     annealing = _annealing(config, seed)
     found = evaluation.hais_ll(decoder, x, **annealing, work=run.work.stage("annealing"))
     before = evaluation.hais_ll(start, x, **annealing, work=run.work.stage("start_annealing"))

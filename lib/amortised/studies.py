@@ -68,6 +68,34 @@ class TrainingOptions(MinibatchOptions):
     proposal_epochs: PositiveInt
     evaluation_dtype: Dtype
 
+    # What a study need not name; without it the run is as it was before there was the option,
+    # and null is no value of it.
+    #: Draws the test images; without it they are the first.
+    image_seed: Seed = None
+    #: Of the drawn images, those for annealing with carried momentum, and their other setting.
+    hais_images: Annotated[int, Field(ge=2, le=10_000)] = None
+    persistence: Annotated[float, Field(gt=0, lt=1)] = None
+    #: Those that Gaussians of full covariance are fitted to, and importance samples of each.
+    full_covariance_images: Annotated[int, Field(ge=2, le=10_000)] = None
+    full_covariance_samples: PositiveInt = None
+    #: Samples of the bound on all test images that serves as control variate.
+    control_samples: PositiveInt = None
+
+    @model_validator(mode="after")
+    def _parts_of_the_evaluation_fit_together(self) -> Self:
+        for pair in (
+            ("hais_images", "persistence"),
+            ("full_covariance_images", "full_covariance_samples"),
+        ):
+            if len({getattr(self, name) is None for name in pair}) > 1:
+                raise ValueError(f"{pair[0]} and {pair[1]} go together; give both or neither")
+        if self.hais_images is not None and self.num_leapfrog != 1:
+            raise ValueError(
+                f"hais_images asks for one leapfrog step a temperature; num_leapfrog = "
+                f"{self.num_leapfrog}"
+            )
+        return self
+
 
 class _MethodOptions(MinibatchOptions):
     """Options of :func:`amortised.recipes.amc_training`."""
@@ -147,6 +175,10 @@ class DistillationOptions(_MethodOptions):
                 raise ValueError(
                     f"{name} = {getattr(self, name)} is more than images = {self.images}"
                 )
+        if self.held_out == "validation" and self.images > VALIDATION_IMAGES:
+            raise ValueError(
+                f"images = {self.images} is more than the {VALIDATION_IMAGES} validation images"
+            )
         held_back = 60_000 - VALIDATION_IMAGES
         if self.held_out == "validation" and self.training_images > held_back:
             raise ValueError(
