@@ -747,7 +747,8 @@ def evaluate_path(run: Run) -> Outcome:
     decoder, encoder = (_on_device(run.network(r), run.device) for r in ("decoder", "encoder"))
     path_fn, learned = build_path(config, LATENT_DIM)
     learned.to(run.device).load_state_dict(load_tree(run.weights / "path.stage"))
-    x, stage, started = _random_images(config).to(run.device), work.stage("paths"), time.monotonic()
+    x = _held_out_images(config).to(run.device)
+    stage, started = work.stage("paths"), time.monotonic()
     per_image = stage.load("values")
     if per_image is None:
         blocks = []
@@ -815,7 +816,7 @@ def _on_a_decoder(config: Mapping[str, object], seed: int) -> tuple[LatentVariab
     decoder = evaluation.load_module(_start(config)["decoder"]).requires_grad_(False)
     chosen = torch.Generator().manual_seed(config["image_seed"])
     images = data.load_mnist_binary("test").images
-    x = images[torch.randperm(len(images), generator=chosen)[: config["starts"]]]
+    x = images[data.drawn_images(config["starts"], config["image_seed"])]
     log_likelihood = partial(decoder.log_likelihood, x)
     if config["target"] == "inpainting":
         mask = _observed_half(x)
