@@ -241,6 +241,7 @@ def test_rows_of_one_seed_start_from_one_decoder_and_learn_at_their_rates(kind):
     is_game = config.get("method") == "avb" or "gan" in config.get("rule", "none")
     is_game = is_game or config.get("rule") == "wasserstein"
     learners = {"model", "encoder"} if config.get("encoder") != "none" else {"model"}
+    learners |= {"path"} if training.details.get("path_parameters") else set()
     assert training.optimizers.keys() == learners | ({"discriminator"} if is_game else set())
     assert (config.get("method") == "persistent") == ("chains" in training.networks)
     for name, optimizer in training.optimizers.items():

@@ -152,7 +152,7 @@ def _work(run: Run, spec: Mapping[str, object], training_only: bool) -> None:
                     path.unlink()
             if training_only:
                 return
-            reason = read_json(run.weights / "training.json").get("reason")
+            reason = (read_json(run.weights / "training.json") or {}).get("reason")
             if reason is not None:
                 raise FloatingPointError(reason)
             outcome = recipe.evaluate(run)
@@ -197,6 +197,8 @@ def _train(run: Run, spec: Mapping[str, object], facts: Mapping[str, object]) ->
             path = folder / f"{role}.safetensors"
             network = training.networks[role]
             results.save_weights(path, network, architecture, details, dtype=torch.float16)
+    if "path" in training.networks:
+        files.save_tree(folder / "path.stage", dict(training.networks["path"].state_dict()))
     found = training.details | {
         "steps": result.num_steps,
         "seconds": round(result.seconds, 2),

@@ -19,8 +19,9 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_v
 
 from . import data
 from .iterative import INPUTS
-from .recipes import RECIPES, RULES, VALIDATION_IMAGES
+from .recipes import BRIDGES, MAPS, RECIPES, RULES, VALIDATION_IMAGES
 from .schemas import FormatError, Name, Seed, Sha256, Strict, validate
+from .targets import TARGETS
 
 #: ``laptop``: minutes to an hour on one core, three seeds. ``full``: on a GPU.
 SCALES = ("laptop", "full")
@@ -240,6 +241,74 @@ class TeacherOptions(Strict):
         return self
 
 
+class PathOptions(Strict):
+    """Options of :func:`amortised.recipes.build_path`."""
+
+    path: Literal["hvae", "importance", *MAPS, *BRIDGES]
+    num_steps: NonNegativeInt
+    step_size: Annotated[float, Field(gt=0, lt=0.5)]
+    varied: bool
+    tempering: Literal["none", "free", "paper", "mnist_code"]
+    acceptance: Literal["always", "barker", "metropolis"]
+    kept_momentum: Annotated[float, Field(ge=0, lt=1)]
+    """What a refresh keeps of the momentum."""
+    num_path_samples: PositiveInt
+    """Paths of an image in an update."""
+    learning_rate: Positive
+    num_samples: Annotated[int, Field(ge=2)]
+    """Paths of an image in the evaluation."""
+
+    @model_validator(mode="after")
+    def _parts_belong_to_the_path(self) -> Self:
+        fits = {
+            "tempering": self.tempering == "none" or self.path == "hvae",
+            "acceptance": self.acceptance == "always" or self.path in MAPS,
+            "kept_momentum": self.kept_momentum == 0 or self.path in ("uha", "mcd"),
+            "num_steps": self.num_steps > 0 or self.path not in BRIDGES,
+        }
+        for name in (name for name, fit in fits.items() if not fit):
+            raise ValueError(
+                f"{name} = {getattr(self, name)!r} does not go with path = {self.path!r}: "
+                "tempering belongs to hvae, acceptance to maps, kept_momentum to uha and mcd, and "
+                "a bridge needs steps"
+            )
+        return self
+
+
+class PathVaeOptions(PathOptions, MinibatchOptions):
+    """Options of :func:`amortised.recipes.path_training` and its evaluation."""
+
+    encoder: Literal["gaussian", "gaussian_wide"]
+    training_images: Annotated[int, Field(ge=1, le=60_000)]
+    epochs: PositiveInt
+    batch_size: Annotated[int, Field(ge=1, le=60_000)]
+    held_out: Literal["test", "validation"]
+    images: Annotated[int, Field(ge=2, le=10_000)]
+    image_seed: Seed
+    num_chains: PositiveInt
+    pilot_chains: PositiveInt
+    num_temperatures: PositiveInt
+    num_leapfrog: PositiveInt
+    persistence: Annotated[float, Field(ge=0, lt=1)]
+    simulated_pairs: Annotated[int, Field(ge=2)]
+
+
+class TargetOptions(PathOptions):
+    """Options of :func:`amortised.recipes.evaluate_target`."""
+
+    target: Literal[*TARGETS, "digits", "inpainting"]
+    start: str = Field(pattern=r"^\w+/\w+-\w+-seed\d+$")
+    """Weights of the decoder of the last two targets."""
+    start_sha256: Sha256
+    image_seed: Seed
+    starts: Annotated[int, Field(ge=2)]
+    """Starts, for the last two targets digits, each with a Gaussian of its own."""
+    spread: Annotated[float, Field(ge=0)]
+    """Standard deviation of their means at the start."""
+    num_updates: PositiveInt
+    num_temperatures: PositiveInt
+
+
 class ImputationOptions(Strict):
     """Options of :func:`amortised.recipes.evaluate_imputation`."""
 
@@ -305,6 +374,8 @@ OPTIONS = {
     "distillation": DistillationOptions,
     "vae": VaeOptions,
     "teacher": TeacherOptions,
+    "path": PathVaeOptions,
+    "target": TargetOptions,
     "imputation": ImputationOptions,
     "iterative": IterativeOptions,
 }
