@@ -12,15 +12,20 @@ PROFILE ?= local
 GRAPH := $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/$(PROFILE)
 SNAKEMAKE := $(BIN)/python workflow/locked.py .cache/build.lock $(GRAPH)
 EXPERIMENTS := $(BIN)/python -m amortised.experiments
-CHOSEN = $(STUDY) $(ROW) $(if $(SEED),--seed $(SEED))
+# Values go to the shell through the environment, quoted; an empty one is wrong, it is not "all".
+CHOSEN = $${STUDY+"$$STUDY"} $${ROW+"$$ROW"} $${SEED+--seed "$$SEED"}
 define make_results
 @results=$$($(EXPERIMENTS) prepare $(CHOSEN) --scale $(1)) || exit; \
 	[ -z "$$results" ] || $(BIN)/python workflow/locked.py .cache/studies.lock $(GRAPH) $$results \
-	$(OPTIONS) --rerun-triggers mtime --config device=$(2); code=$$?; \
+	$(OPTIONS) --rerun-triggers mtime --config device="$${DEVICE:-$(2)}"; code=$$?; \
 	$(EXPERIMENTS) record $(CHOSEN) --scale $(1) && exit $$code
 endef
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
-NB ?= $(basename $(notdir $(wildcard notebooks/[0-9]*.py)))
+CHAPTERS := $(basename $(notdir $(wildcard notebooks/[0-9]*.py)))
+NB ?= $(CHAPTERS)
+# $(call among,NAME,CHOICES) stops unless the value of NAME is one or several of the choices.
+among = $(if $(strip $($(1))),,$(error $(1) is empty; choose among: $(2)))$(foreach \
+	value,$($(1)),$(if $(filter-out $(2),$(value)),$(error $(1)=$(value) is none of: $(2))))
 
 unexport PYTHONPATH PYTHONHOME
 .DEFAULT_GOAL := help
@@ -44,9 +49,11 @@ test: environment ## lint, unit tests, chapters at smoke size, committed outputs
 site: book ## the same as book
 
 chapters: environment ## execute the chapters that have changed, into book/chapters; SIZE=full for a GPU
+	$(if $(filter undefined,$(origin SIZE)),,$(call among,SIZE,smoke full))
 	@$(SNAKEMAKE) $(or $(SIZE),chapters)
 
 notebooks: environment ## write their outputs into the committed pairs; NB=01_vi_recap for one
+	$(call among,NB,$(CHAPTERS))
 	@$(SNAKEMAKE) $(NB:%=book/chapters/%.ipynb)
 	@for name in $(NB); do \
 		cmp -s book/chapters/$$name.ipynb notebooks/$$name.ipynb || { \
@@ -58,10 +65,10 @@ smoke: environment ## execute the chapters with params/*.smoke.yaml, into book/_
 	@$(SNAKEMAKE) smoke
 
 laptop: environment ## train and evaluate what is missing or stale at laptop scale; STUDY= ROW= SEED=
-	$(call make_results,laptop,$(or $(DEVICE),cpu))
+	$(call make_results,laptop,cpu)
 
 full: environment ## the same at full scale, on DEVICE=cuda; PROFILE=slurm
-	$(call make_results,full,$(or $(DEVICE),cuda))
+	$(call make_results,full,cuda)
 
 coursework: environment ## copies of the chapters without the solutions, in book/_build/coursework
 	@$(BIN)/python workflow/coursework.py book/_build/coursework

@@ -1159,7 +1159,7 @@ for x, b in zip(x_free[:, 0], bias, strict=True):
 # (Reweighted wake-sleep is adaptive importance sampling, and {cite:t}`finke2019iwae` study it as such.)
 #
 # So the covering solution should be lost in the tail and kept in the centre. To see whether that is what happens, we run wake-$\phi$ on two encoders that start from moment matching:
-# one with *free* parameters for each of the six observations, and one *shared* network, the pq encoder `cover`, on $x$ from the model. Both take the same steps and see nearly the same number of observations in each, 33 copies of the six or a fifth of `batch_size`.
+# one with *free* parameters for each of the six observations, and one *shared* network, the pq encoder `cover`, on $x$ from the model. Both take the same steps and see nearly the same number of observations in each, 16 copies of the six or a tenth of `batch_size`.
 
 
 # %%
@@ -1181,12 +1181,12 @@ def wake(encoder, x, num_particles):
 
 
 def wake_free(encoder, num_particles):
-    x = x_free.repeat_interleave(batch_size // 30, 0).expand(num_seeds, -1, 1)
+    x = x_free.repeat_interleave(max(1, batch_size // 60), 0).expand(num_seeds, -1, 1)
     return wake(encoder, x, num_particles)
 
 
 def wake_model(encoder, num_particles):
-    return wake(encoder, simulate(mixture, batch_size // 5)[0], num_particles)
+    return wake(encoder, simulate(mixture, batch_size // 10)[0], num_particles)
 
 
 # %%

@@ -1310,7 +1310,7 @@ options_shown = {"decimals": 1, "with_seeds": False, "given": given}
 tables.metric_table(study, labels, columns, **options_shown)
 
 # %% [markdown]
-# *First table.* A cell is the mean with its standard error over images, and in brackets the standard error over seeds. With three seeds a 95 % interval over seeds is 4.30 times that error wide on either side.
+# *First table.* A cell is the mean with its standard error over images, and in brackets the half width of Student's 95 % interval over the three seeds.
 # Columns are different experiments: the published decoders were trained to convergence, a laptop decoder has seen each digit once. So do not expect the published order. After one pass the VAE has hardly begun to use its latents, and most rows that give the decoder samples of larger variance are ahead.
 # Further rows wait for the full scale: each row with $\eta$ once more with $2\eta$, a Gaussian student with the inclusive rule, with a Metropolis test and with Hamiltonian teachers, and a Wasserstein game.
 #
@@ -1411,7 +1411,7 @@ markdown_table(header, rows)
 
 # %% [markdown]
 # The source does not state its mask; we assume the lower half in the first two tables, and 500 turns at full scale.
-# *Third table*, at laptop scale with errors over images. The VAE stays close to its reference. The AMC encoders do not: with every mask their entropy lies above the reference and their images lie further from any training digit, over the images as over the seeds. {numref}`fig-amc-imputation` shows the consequence: each turn feeds the encoder an image that its own error has made less typical.
+# *Third table*, at laptop scale with errors over images. The VAE stays close to its reference. The AMC encoders do not: with every mask their entropy lies above the reference and their images lie further from any training digit, in every seed. {numref}`fig-amc-imputation` shows the consequence: each turn feeds the encoder an image that its own error has made less typical.
 # The source reads high entropy as a virtue. Without the reference nobody can tell it from noise. The reference has a weakness of its own: at this scale a few of its ten annealed chains carry most of the weight, so its entropy is somewhat too low.
 #
 # (sec-amc-cost)=

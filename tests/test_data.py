@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import io
 import lzma
 import os
 import re
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
 import threading
 from pathlib import Path
@@ -162,7 +164,7 @@ def test_splits_cut_the_training_file_as_their_papers_do(splits):
         (data.load_mnist, ["validation"], r"unknown split 'validation'; choose from .*test"),
         (data.load_mnist_binary, ["train"], r"unknown split 'train'; choose from test, valid"),
         (data.load_mnist, ["test", torch.float16], r"torch\.float16 is not served; choose torch"),
-        (data.fetch, ["mnits"], r"unknown data set 'mnits'; choose from mnist, mnist_static"),
+        (data.fetch, ["mnits"], r"unknown data set 'mnits'; choose from 20news, cifar10, mnist, "),
         (data.read_bytes, ["mnist", "b"], r"data set 'mnist' has no file 'b', but train-images"),
     ],
 )
@@ -539,7 +541,7 @@ def test_all_faults_of_a_registry_are_listed_at_once(repository, capsys):
         "  toy.files[3]: name is missing",
         "  toy.files[3].size = -1: input should be greater than or equal to 0",
         "  toy: unknown name 'license' (known: "
-        "title, licence, citation, embedded, addresses, files)",
+        "title, licence, citation, embedded, addresses, archive, files)",
     ]
     repository(registry_text(*optional, extra="embedded = true"))
     assert data.main(["verify"]) == 1
@@ -593,4 +595,93 @@ def test_command_line_reports_what_went_wrong_and_exits_1(repository, capsys):
 def test_module_runs_as_a_program():
     command = [sys.executable, "-m", "amortised.data", "list"]
     printed = subprocess.check_output(command, text=True, stderr=subprocess.STDOUT)
-    assert re.match(r"mnist .*\nmnist_static +fetched +109\.8 MB +none stated", printed)
+    assert re.search(r"mnist .*\nmnist_static +fetched +109\.8 MB +none stated", printed)
+
+
+# ------------------------------------------------------------------------ colour images and words
+
+HEAD = 'title = "t"\nlicence = "none"\ncitation = "none"\n'
+
+
+def listed(dataset, names):
+    files = "".join(f'[[{dataset}.files]]\nname = "{name}"\n' for name in names)
+    return f"[{dataset}]\n{HEAD}addresses = []\n{files}"
+
+
+def test_colour_images_come_out_of_their_archive(repository, server, tmp_path):
+    images = torch.randint(256, (2, 3073), generator=torch.Generator().manual_seed(0)).byte()
+    content, packed = images.numpy().tobytes(), io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        member = tarfile.TarInfo("inside/test_batch.bin")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    server.answers["/a.tar.gz"] = packed.getvalue()
+    archive = f'name = "a.tar.gz"\nsha256 = "{digest(packed.getvalue())}"\nfolder = "inside"\n'
+    text = f"[cifar10]\n{HEAD}addresses = ['{server.address}']\n[cifar10.archive]\n{archive}"
+    file = f'[[cifar10.files]]\nname = "test_batch.bin"\nsize = {len(content)}\nsha256 = '
+    repository(f'{text}{file}"{digest(content)}"\n')
+    assert data.registry()["cifar10"].archive.folder == "inside"
+    assert torch.equal(data.load_cifar10("test"), images[:, 1:])  # without the labels
+    assert server.requests == ["/a.tar.gz"] and "test_batch.bin" in cached(tmp_path)
+    repository(f'{text}{file}"{64 * "0"}"\n')
+    with pytest.raises(DataError, match="expected 0000"):
+        data.load_cifar10("test")
+    with pytest.raises(ValueError, match="unknown split 'valid'; choose from train, test"):
+        data.load_cifar10("valid")
+
+
+def test_levels_become_real_numbers_within_their_bin():
+    x = data.dequantise(torch.full((4000,), 7, dtype=torch.uint8), torch.Generator().manual_seed(0))
+    assert ((x >= 7 / 256) & (x < 8 / 256)).all() and abs(x.mean() - 7.5 / 256) < 1e-4
+
+
+def test_newsgroups_are_counted_and_empty_documents_left_out(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("AMORTISED_DATA_DIR", str(tmp_path))
+    repository(listed("20news", ["train.feat"]))
+    (tmp_path / "20news").mkdir()
+    (tmp_path / "20news/train.feat").write_text("3 1:2 1995:1\n1\n2 4:5\n")
+    counts = data.load_newsgroups("train")
+    expected = torch.zeros(2, 1995)
+    expected[0, 0], expected[0, 1994], expected[1, 3] = 2, 1, 5
+    assert torch.equal(counts, expected)
+
+
+def rcv1(folder, **texts):
+    (folder / "rcv1").mkdir(exist_ok=True)
+    names = [*(f"test_pt{part}" for part in range(4)), "train"]
+    for name in names:
+        text = texts.get(name, "")
+        path = folder / f"rcv1/lyrl2004_tokens_{name}.dat.gz"
+        path.write_bytes(gzip.compress(text.encode()))
+    return listed("rcv1", [f"lyrl2004_tokens_{name}.dat.gz" for name in names])
+
+
+def test_reuters_keeps_the_most_frequent_words_and_holds_stories_out(
+    repository, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("AMORTISED_DATA_DIR", str(tmp_path))
+    first = ".I 2286\n.W\noil price oil\nbank\n\n.I 2287\n.W\nbank oil\n\n"
+    last = ".I 9\n.W\nzinc zinc\nwheat\n\n.I 10\n.W\nprice bank price\n\n"
+    repository(rcv1(tmp_path, test_pt0=first, train=last))
+    # Totals: bank 3, oil 3, price 3, zinc 2, wheat 1; ties by the alphabet; zinc is the fourth.
+    counts = {name: data.load_rcv1(name, 4, 1).to_dense() for name in ("train", "test")}
+    rows = torch.cat([counts["test"], counts["train"]]).int().tolist()
+    stories = [[1, 2, 1, 0], [1, 1, 0, 0], [0, 0, 0, 2], [1, 0, 2, 0]]
+    assert sorted(rows) == sorted(stories) and len(counts["test"]) == 1
+    held_out = torch.randperm(4, generator=torch.Generator().manual_seed(0))[0]
+    assert counts["test"][0].int().tolist() == stories[held_out]
+    three = torch.cat([data.load_rcv1(name, 3, 1).to_dense() for name in ("train", "test")])
+    assert len(three) == 3  # the story of zinc and wheat has none of the three words
+    repository(rcv1(tmp_path, train=".I 1\noil\n"))
+    with pytest.raises(DataError, match=r"a story must be '.I number', '.W', words"):
+        data.load_rcv1()
+
+
+def test_drawn_images_are_distinct_and_nested():
+    drawn = data.drawn_images(500, image_seed=3)
+    assert len(drawn.unique()) == 500 and torch.equal(data.drawn_images(20, 3), drawn[:20])
+    assert not torch.equal(drawn, data.drawn_images(500, image_seed=4))
+    assert torch.equal(data.drawn_images(500), torch.arange(500))
+    for number in (0, 10_001):
+        with pytest.raises(ValueError, match=f"from 1 to 10,000.*; got {number}"):
+            data.drawn_images(number, 3)

@@ -5,20 +5,24 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
-from amortised import evaluation, results
+from amortised import data, evaluation, results
 from amortised.encoders import GaussianEncoder
 from amortised.evaluation import (
     BLOCK_SIZE,
+    FullCovariance,
     bdmc_ll,
+    fit_full_covariance,
     fit_gaussian_proposal,
     hais_ll,
     importance_sampling_ll,
     load_module,
+    regression_mean,
 )
 from amortised.fast import log_likelihood_and_grad
 from amortised.files import OutOfTimeError, Work
@@ -462,6 +466,147 @@ def test_a_weight_that_is_not_a_number_names_its_image():
         importance_sampling_ll(model, proposal, x, num_samples=3)
     with pytest.raises(FloatingPointError, match=r"images 100 to 129: .* the start, image 17;"):
         hais_ll(model, x, **FAST)
+
+
+# --- one Gaussian for each image -----------------------------------------------------------------
+
+
+def test_the_full_covariance_is_the_posterior_of_a_linear_model():
+    model, x = linear_gaussian(latent_dim=3, observation_dim=4)
+    x[0] += 5.0
+    fitted = fit_full_covariance(model, x, num_steps=120)
+    weight = model.weight.detach()
+    precision = torch.eye(3).double() + weight.T @ weight / 0.7**2
+    mean = torch.linalg.solve(precision, weight.T @ x.T / 0.7**2).T
+    covariance = fitted.scale_tril @ fitted.scale_tril.mT
+    torch.testing.assert_close(fitted.loc, mean[:, None].expand(5, 3, 3), atol=1e-6, rtol=0)
+    expected = torch.linalg.inv(precision).expand(5, 3, 3, 3)
+    torch.testing.assert_close(covariance, expected, atol=1e-6, rtol=0)
+    assert (expected[0, 0] - expected[0, 0].diag().diag()).abs().max() > 0.03  # it is correlated
+    estimate = importance_sampling_ll(model, fitted, x, num_samples=7)
+    torch.testing.assert_close(estimate.log_likelihood, model.log_evidence(x))
+
+
+def test_several_starts_are_one_mixture():
+    """Two modes of unequal mass, each with its Gaussian: the weights know how much either holds."""
+    model, x = linear_gaussian(latent_dim=1, observation_dim=3, num_images=1)
+    modes = torch.distributions.Normal(torch.tensor([-2.0, 3.0]).double(), 0.2)
+    log_mass = torch.tensor([0.2, 0.5]).double().log()
+
+    def likelihood(x):
+        return lambda z: (
+            torch.logsumexp(log_mass + modes.log_prob(z), -1) - model.prior().log_prob(z),
+            torch.zeros_like(z),
+        )
+
+    loc = torch.tensor([[[-2.0], [3.0]]]).double()
+    scale_tril = torch.full((1, 2, 1, 1), 0.25).double()
+    both = FullCovariance(loc, scale_tril, {x[0].numpy().tobytes(): 0}, 0.0)
+    estimate = importance_sampling_ll(model, both, x, num_samples=20_000, likelihood=likelihood)
+    assert estimate.log_likelihood.item() == pytest.approx(math.log(0.7), abs=0.02)
+    one = both._replace(loc=loc[:, 1:], scale_tril=scale_tril[:, 1:])
+    estimate = importance_sampling_ll(model, one, x, num_samples=20_000, likelihood=likelihood)
+    assert estimate.log_likelihood.item() == pytest.approx(math.log(0.5), abs=0.02)
+
+
+def test_the_full_covariance_serves_its_images_in_any_order_and_no_others():
+    model, x = linear_gaussian()
+    fitted = fit_full_covariance(model, x, num_steps=2)
+    order = torch.tensor([3, 0, 4])
+    torch.testing.assert_close(fitted(x[order]).mean, fitted(x).mean[order])
+    with pytest.raises(ValueError, match="image 1 was not fitted; fit_full_covariance to it"):
+        fitted(torch.stack([x[0], x[1] + 1.0]))
+
+
+def test_a_fit_is_resumed_and_repeats(tmp_path):
+    model, x = linear_gaussian(num_images=130)
+    fit, work = partial(fit_full_covariance, model, num_steps=3), Work(tmp_path, stop_at=-math.inf)
+    with pytest.raises(OutOfTimeError, match="100 of 130 images are done"):
+        fit(x, work=work)
+    resumed, first = fit(x, work=work), fit(x[:100])
+    assert torch.equal(resumed.loc, fit(x).loc) and torch.equal(resumed.loc[:100], first.loc)
+    assert not torch.equal(first.loc, fit(x[:100], seed=1).loc)
+    assert not torch.equal(first.loc[:, 0], first.loc[:, 1])  # each start has its own draws
+
+
+def test_settings_of_a_fit_are_checked():
+    model, x = linear_gaussian()
+    for name in ("num_steps", "num_starts"):
+        with pytest.raises(ValueError, match=f"{name} must be an integer, at least 1; got 0"):
+            fit_full_covariance(model, x, **{name: 0})
+
+
+def test_a_fit_that_is_not_finite_names_its_image():
+    model, x = linear_gaussian(num_images=130)
+    broken = torch.zeros(30, 1).double()
+    broken[17] = math.nan
+
+    def likelihood(x):
+        return lambda z: (z[..., 0], z + broken[: len(x)] if len(x) == 30 else z)
+
+    match = "images 100 to 129: the fit is not finite, image 17"
+    with pytest.raises(FloatingPointError, match=match):
+        fit_full_covariance(model, x, num_steps=2, likelihood=likelihood)
+
+
+def test_a_trained_decoder_has_correlated_posteriors():
+    """Full covariance beats the encoder's mean field with a tenth of the samples."""
+    folder = data.data_folder() / "models/reference"
+    names = ("decoder", "encoder")
+    files = [folder / f"vae-laptop-seed0-{name}.safetensors" for name in names]
+    decoder, encoder = (load_module(path).requires_grad_(False) for path in files)
+    x = data.load_mnist_binary("test").images[100:110]
+    sampling = partial(importance_sampling_ll, decoder, x=x, likelihood=whole(decoder))
+    full = sampling(fit_full_covariance(decoder, x), num_samples=512)
+    own = sampling(encoder, num_samples=512)
+    assert full.ess.median() > 5 * own.ess.median()
+    assert (full.log_likelihood - own.log_likelihood).mean() > 0.05
+
+
+# --- means over a test set -----------------------------------------------------------------------
+
+
+def test_the_regression_estimator_is_that_of_a_fitted_line():
+    generator = seeded(5)
+    control = torch.randn(60, generator=generator).double().exp()
+    everything = 3.0 - 1.7 * control + 0.3 * torch.randn(60, generator=generator).double()
+    images = torch.randperm(60, generator=generator)[:20]
+    estimate = regression_mean(everything[images], images, control)
+    slope, intercept = np.polyfit(control[images].numpy(), everything[images].numpy(), 1)
+    residual = everything[images].numpy() - intercept - slope * control[images].numpy()
+    assert estimate.mean == pytest.approx(intercept + slope * control.mean().item())
+    assert estimate.se == pytest.approx(math.sqrt((residual**2).sum() / 18 / 20 * (1 - 20 / 60)))
+    assert estimate.n == 20
+    whole_set = regression_mean(everything, torch.arange(60), control)
+    assert whole_set.mean == pytest.approx(everything.mean().item()) and whole_set.se == 0
+
+
+def test_the_regression_estimator_covers_the_mean_with_a_smaller_error():
+    generator = seeded(6)
+    control = 20.0 * torch.randn(2000, generator=generator).double() - 90.0
+    everything = 1.0 + 0.97 * control + 2.0 * torch.randn(2000, generator=generator).double()
+    draws = [torch.randperm(2000, generator=generator)[:50] for _ in range(400)]
+    found = [regression_mean(everything[images], images, control) for images in draws]
+    error = np.array([e.mean for e in found]) - everything.mean().item()
+    suggested = math.sqrt(np.mean([e.se**2 for e in found]))
+    assert abs(error.mean()) < 4 * error.std() / math.sqrt(400)
+    assert error.std() == pytest.approx(suggested, rel=0.15)  # the spread is known to 3.5 %
+    assert results.mean_and_se(everything[draws[0]]).se > 7 * suggested
+
+
+def test_the_regression_estimator_refuses_what_it_cannot_use():
+    control, images = torch.arange(10.0), torch.tensor([1, 4, 7])
+    for values, chosen, match in (
+        (torch.ones(2), images[:2], "n at least 3"),
+        (torch.ones(4), images, "must be .n."),
+        (torch.ones(3), torch.tensor([1, 1, 7]), "3 different numbers from 0 to 9"),
+        (torch.ones(3), torch.tensor([1, 4, 10]), "3 different numbers from 0 to 9"),
+        (torch.tensor([1.0, math.nan, 0.0]), images, "must be finite"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            regression_mean(values, chosen, control)
+    with pytest.raises(ValueError, match="the control is the same"):
+        regression_mean(torch.ones(3), images, torch.zeros(10))
 
 
 # --- networks from files -------------------------------------------------------------------------

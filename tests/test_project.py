@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -124,22 +125,27 @@ def test_lock_is_the_same_wherever_it_is_written():
 
 @pytest.fixture
 def toy_book(tmp_path):
-    """A small copy of the project: the real graph and scripts, two toy chapters, a toy library."""
-    shutil.copytree(ROOT / "workflow", tmp_path / "workflow")
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    shutil.copy(ROOT / "requirements.lock", tmp_path)
-    for folder in ("notebooks/params", "lib", "data", "book"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "lib" / "small.py").write_text("VALUE = 1\n")
-    (tmp_path / "data" / "numbers.csv").write_text("1\n")
-    (tmp_path / "notebooks" / "01_one.py").write_text(TOY)
-    (tmp_path / "notebooks" / "02_two.py").write_text(TOY)
-    return tmp_path
+    """A small copy of the project: the real graph and scripts, two toy chapters, a toy library.
+
+    Its path has spaces and a letter beyond ASCII, and so has that of its interpreter.
+    """
+    folder = tmp_path / "Ein Büch 1"
+    shutil.copytree(ROOT / "workflow", folder / "workflow")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    shutil.copy(ROOT / "requirements.lock", folder)
+    for name in ("notebooks/params", "lib", "data", "book"):
+        (folder / name).mkdir(parents=True)
+    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "lib" / "small.py").write_text("VALUE = 1\n")
+    (folder / "data" / "numbers.csv").write_text("1\n")
+    (folder / "notebooks" / "01_one.py").write_text(TOY)
+    (folder / "notebooks" / "02_two.py").write_text(TOY)
+    return folder
 
 
 def build(folder: Path, *targets: str) -> list[str]:
     """Run the graph as make does; return which chapters were executed."""
-    command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile"]
+    command = [folder / ".venv/bin/python", "-m", "snakemake", "--snakefile", "workflow/Snakefile"]
     done = subprocess.run(
         [*command, "--profile", "workflow/profiles/local", *targets],
         cwd=folder,
@@ -231,6 +237,29 @@ def test_missing_python_is_one_line_that_says_what_to_install(python):
 
 
 # --- coursework ----------------------------------------------------------------------------------
+
+
+WRONG = {
+    ("notebooks", "NB=01_vi_recpa"): "NB=01_vi_recpa is none of: 01_vi_recap 02_pq_vs_qp",
+    ("notebooks", "NB="): "NB is empty; choose among: 01_vi_recap 02_pq_vs_qp",
+    ("chapters", "SIZE=smoek"): "SIZE=smoek is none of: smoke full",
+    ("chapters", "SIZE="): "SIZE is empty; choose among: smoke full",
+    ("laptop", "STUDY=a b"): "there is no run with study 'a b'; choices: ",
+    ("laptop", "STUDY="): "there is no run with study ''; choices: ",
+    ("laptop", "STUDY=`touch BAD`"): "there is no run with study '`touch BAD`'; choices: ",
+    ("full", "STUDY=$$(touch BAD)"): "there is no run with study '$(touch BAD)'; choices: ",
+    ("laptop", "STUDY=reference", "ROW="): "there is no run with row ''; choices: vae",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_a_wrong_value_is_one_line_that_names_it_and_the_choices(arguments):
+    command = ["make", "-o", "environment", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = (done.stdout + done.stderr).splitlines()
+    assert done.returncode == 2 and len(lines) <= 2
+    assert WRONG[arguments] in lines[0]
+    assert not (ROOT / "BAD").exists()
 
 
 def test_coursework_has_the_exercises_without_the_solutions(tmp_path):
@@ -329,7 +358,7 @@ def test_cost_model_recovers_the_costs_that_made_the_times():
             },
         )
         for experiment in experiments.select(experiments.load_studies(), scale="laptop")
-        if experiment.recipe != "imputation"
+        if experiment.recipe not in ("imputation", "path", "target")
     ]
     found = cost_table.fit(runs)
     assert found == pytest.approx(per_unit, rel=1e-6)
@@ -388,7 +417,7 @@ def test_studies_are_made_as_one_graph(studies):
     }
     done = subprocess.run(
         ["make", "-o", "environment", "laptop"]
-        + [f"{name}={' '.join(map(str, words))}" for name, words in variables.items()],
+        + [f"{name}={shlex.join(map(str, words))}" for name, words in variables.items()],
         cwd=studies.folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

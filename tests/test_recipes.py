@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from amortised import amc, data, evaluation, experiments, imputation, mcmc, recipes, runs
 from amortised.encoders import GaussianEncoder, ImplicitEncoder
+from amortised.fast import log_likelihood_and_grad
 from amortised.files import Work, load_tree
 from amortised.recipes import RECIPES, Run
 from amortised.studies import OPTIONS, Experiment, load_studies
@@ -18,6 +20,7 @@ TINY = {"training_images": 40, "epochs": 1, "batch_size": 10, "chain_dtype": "fl
 TINY |= {"images": 3, "num_samples": 4, "proposal_epochs": 1, "evaluation_dtype": "float32"}
 TINY |= {"num_chains": 2, "pilot_chains": 1, "num_temperatures": 2, "num_leapfrog": 1}
 TINY |= {"simulated_pairs": 2, "iterations": 2, "reference_steps": 1}
+TINY |= {"svi_images": 2, "svi_steps": 2, "posthoc_epochs": 0}
 TINY |= {"hais_images": 2, "diagnostic_images": 2, "diagnostic_samples": 4}
 TINY |= {"classifier_images": 2, "classifier_epochs": 1}
 
@@ -60,9 +63,12 @@ pytestmark = pytest.mark.usefixtures("mnist_is_read_once")
 def made(tmp_path_factory):
     """Make an experiment, once, after the one that it builds on; the folder of its run."""
     root = tmp_path_factory.mktemp("made")
+    long_chain = {"num_steps": 2, "num_leapfrog": 1, "step_size": 0.1}
 
     def make(experiment: Experiment):
-        assert experiments.run_experiment(experiment, root=root).word == "done"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recipes, "LONG_CHAIN", long_chain)
+            assert experiments.run_experiment(experiment, root=root).word == "done"
         folder = experiments.run_folder(experiment, root)
         return folder, runs.read_json(folder / "result.json")
 
@@ -142,6 +148,59 @@ def test_a_row_is_trained_and_evaluated(made, kind):
         assert torch.equal(per_image["posthoc_is_ll"], per_image["is_ll"])
 
 
+FULL_EVALUATION = {"image_seed": 7, "hais_images": 2, "persistence": 0.8, "control_samples": 2}
+FULL_EVALUATION |= {"full_covariance_images": 4, "full_covariance_samples": 6}
+
+
+def test_a_full_evaluation_of_random_images(made):
+    """Each value is, to the bit, that of the estimator at the options, for the images drawn."""
+    experiment = VAE._replace(config=VAE.config | FULL_EVALUATION)
+    folder, record = made(experiment)
+    values = values_of(folder)
+    assert values.keys() == {
+        *(f"{name}_ll" for name in ("is", "posthoc_is", "full_is", "hais")),
+        *(f"{name}_ess" for name in ("is", "posthoc_is", "full_is", "hais")),
+        *ON_PAIRS, "hais_acceptance_rate", "control_bound",
+    }  # fmt: skip
+    assert record["details"]["seconds"].keys() == {
+        "training", "importance sampling", "full covariance", "annealing", "bounds", "control"
+    }  # fmt: skip
+    test = data.load_mnist_binary("test").images
+    order = torch.randperm(10_000, generator=torch.Generator().manual_seed(7))
+    networks = ("decoder", "encoder")
+    decoder, encoder = (
+        evaluation.load_module(folder / f"{n}.safetensors").to(memory_format=torch.channels_last)
+        for n in networks
+    )
+    settings = {"num_chains": 2, "pilot_chains": 1, "num_temperatures": 2, "num_leapfrog": 1}
+    annealed = evaluation.hais_ll(decoder, test[order[:2]], persistence=0.8, **settings)
+    assert torch.equal(annealed.log_likelihood.float(), values["hais_ll"])
+    bounds = evaluation.bdmc_ll(decoder, 2, persistence=0.8, **settings)
+    assert torch.equal(bounds.upper.float(), values["simulated_upper_bound"])
+    sampling = partial(evaluation.importance_sampling_ll, decoder)
+    own = sampling(encoder, test[order[:3]], num_samples=4)
+    assert torch.equal(own.log_likelihood.float(), values["is_ll"])
+    likelihood = partial(log_likelihood_and_grad, decoder)
+    fitted = evaluation.fit_full_covariance(decoder, test[order[:4]])
+    full = sampling(fitted, test[order[:4]], num_samples=6, likelihood=likelihood)
+    assert torch.allclose(full.log_likelihood.float(), values["full_is_ll"], atol=1e-3)
+    assert values["control_bound"].shape == (10_000,) and values["control_bound"].isfinite().all()
+
+
+def test_options_that_a_study_does_not_name_stay_out_of_its_runs():
+    options = OPTIONS["amc"].model_validate(VAE.config)
+    assert all(getattr(options, name) is None for name in FULL_EVALUATION)
+    assert not FULL_EVALUATION.keys() & VAE.config.keys()
+    for changes, match in (
+        ({"persistence": 0.9}, "hais_images and persistence go together"),
+        ({"full_covariance_images": 9}, "full_covariance_images and full_covariance_samples go"),
+        ({"hais_images": 9, "persistence": 0.9, "num_leapfrog": 5}, "one leapfrog step a temp"),
+        ({"image_seed": None}, "image_seed"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            OPTIONS["amc"].model_validate(VAE.config | changes)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("imputation")])
 def test_an_imputation_is_scored(made, kind):
     folder, record = made(KINDS[kind])
@@ -167,6 +226,7 @@ def built(experiment: Experiment) -> recipes.Training:
 
 
 TRAINED = {kind: e for kind, e in KINDS.items() if RECIPES[e.recipe].build is not None}
+TRAINED = {kind: e for kind, e in TRAINED.items() if e.recipe != "iterative"}  # test_iterative.py
 
 
 @pytest.mark.parametrize("kind", TRAINED)
@@ -182,6 +242,7 @@ def test_rows_of_one_seed_start_from_one_decoder_and_learn_at_their_rates(kind):
     is_game = config.get("method") == "avb" or "gan" in config.get("rule", "none")
     is_game = is_game or config.get("rule") == "wasserstein"
     learners = {"model", "encoder"} if config.get("encoder") != "none" else {"model"}
+    learners |= {"path"} if training.details.get("path_parameters") else set()
     assert training.optimizers.keys() == learners | ({"discriminator"} if is_game else set())
     assert (config.get("method") == "persistent") == ("chains" in training.networks)
     for name, optimizer in training.optimizers.items():
@@ -222,12 +283,13 @@ def test_a_student_is_held_to_its_teacher_and_the_decoder_annealed(made, kind):
     assert {name: len(values) for name, values in per_image.items()} == expected
     assert all(values.isfinite().all() for values in per_image.values())
     assert record["metrics"].keys() == per_image.keys()
+    if config["method"] != "short_run":  # once will do
+        return
     decoder = evaluation.load_module(folder / "decoder.safetensors")
-    x = recipes._random_images(config)
-    proposal = evaluation.fit_full_covariance(decoder, x, seed=DISTILLED[kind].seed)
-    estimate = evaluation.importance_sampling_ll(
-        decoder, proposal, x, num_samples=config["num_samples"], seed=DISTILLED[kind].seed
-    )
+    x, seed = recipes._held_out_images(config), DISTILLED[kind].seed
+    proposal = evaluation.fit_full_covariance(decoder, x, seed=seed)
+    samples = {"num_samples": config["num_samples"], "seed": seed}
+    estimate = evaluation.importance_sampling_ll(decoder, proposal, x, **samples)
     assert torch.allclose(estimate.log_likelihood.float(), per_image["full_is_ll"], atol=1e-3)
 
 
@@ -252,11 +314,11 @@ def test_the_divergence_is_warmed_up_over_the_first_updates(monkeypatch):
 
 def test_validation_images_are_none_that_a_row_is_trained_on():
     config = {"held_out": "validation", "images": 1000, "image_seed": 3}
-    images = recipes._random_images(config)
+    images = recipes._held_out_images(config)
     grey = data.load_mnist("train").images[59_000:]
     assert ((images.sum(0) > 0) <= (grey.sum(0) > 0)).all()
     assert images.mean().sub(grey.mean()).abs() < 0.01
-    assert torch.equal(images, recipes._random_images(config))
+    assert torch.equal(images, recipes._held_out_images(config))
 
 
 def test_a_chain_has_the_kernel_and_the_steps_of_its_options(monkeypatch):

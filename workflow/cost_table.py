@@ -73,7 +73,7 @@ def timed_runs(studies: Mapping, root: Path | None) -> list[Timed]:
     runs = []
     for experiment in experiments.select(studies):
         state = experiments.state_of(experiment, root)
-        if state.word != "done":
+        if state.word != "done" or experiment.recipe in ("path", "target"):  # of other stages
             continue
         facts, details = state.record["provenance"], state.record["details"]
         seconds = dict(details.get("seconds", {}))

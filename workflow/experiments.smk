@@ -7,7 +7,7 @@ stages that it finished, which Snakemake does not know. See amortised.runs.
 
 import json
 
-DEVICE = config.get("device") or "cpu"
+DEVICE = shlex.quote(config.get("device") or "cpu")
 WORK = "{PYTHON} -m amortised.runs runs/{wildcards.run} --threads {threads} --device {DEVICE}"
 
 

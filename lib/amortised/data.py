@@ -19,14 +19,17 @@ From a shell: ``python -m amortised.data list``, ``fetch NAME`` and ``verify [NA
 """
 
 import argparse
+import gzip
 import hashlib
 import lzma
 import math
 import os
 import shlex
 import sys
+import tarfile
 import tomllib
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -93,6 +96,7 @@ class _File(NamedTuple):
     name: str
     size: int | None = None
     sha256: str | None = None
+    archive: dict | None = None
 
     def __str__(self) -> str:
         return f"{self.dataset}/{self.name}"
@@ -173,7 +177,8 @@ def _files(dataset: str) -> list[_File]:
         raise ValueError(f"unknown data set {dataset!r}; choose from {', '.join(sorted(tables))}")
     table = tables[dataset]
     place = dataset, table["addresses"], table.get("embedded", False)
-    files = [_File(*place, **entry) for entry in table["files"]]
+    archive = table.get("archive")
+    files = [_File(*place, **entry, archive=archive) for entry in table["files"]]
     return [file if file.sha256 else file._replace(sha256=_noted_sha256(file)) for file in files]
 
 
@@ -314,14 +319,21 @@ def _download(file: _File, retries: int = 2) -> Path:
         try:
             import pooch
 
-            known = {file.name: file.sha256}
+            name = file.archive["name"] if file.archive else file.name
+            known = {name: file.archive["sha256"] if file.archive else file.sha256}
             source = pooch.create(folder, address, registry=known, retry_if_failed=retries)
             downloader = pooch.HTTPDownloader(sys.stderr.isatty(), chunk_size=2**18, timeout=30)
-            path = Path(source.fetch(file.name, downloader=downloader))
+            path = Path(source.fetch(name, downloader=downloader))
+            if file.archive:
+                with tarfile.open(path) as packed:
+                    member = packed.extractfile(f"{file.archive['folder']}/{file.name}")
+                    path = folder / file.name
+                    atomic_write(path, member.read())
+                _checked(file, path)
             if file.sha256 is None:
                 atomic_write(folder / f"{path.name}.sha256", pooch.file_hash(path).encode())
             return path
-        except (ImportError, ValueError, OSError) as error:  # OSError: the network or the disk
+        except (ImportError, KeyError, ValueError, OSError) as error:  # network, disk, archive
             failures.append(f"\n  {address}{file.name}: {error}")
     raise DataError(
         f"{file} could not be downloaded (expected SHA-256 {file.sha256}):{''.join(failures)}\n"
@@ -453,6 +465,26 @@ def load_mnist_binary(split: str = "test") -> Digits:
     return Digits(images, labels)
 
 
+def drawn_images(num_images: int, image_seed: int | None = None) -> torch.Tensor:
+    """Which of the 10,000 test images an evaluation uses: random ones, the same for every method.
+
+    :param num_images: n; fewer images are the first of more.
+    :param image_seed: of the drawing, without replacement; ``None`` takes the first n images, which
+        are some three nats easier than the average one.
+    :return: their numbers, ``[n]``.
+    :raises ValueError: if n is not between 1 and 10,000.
+
+    >>> drawn_images(3), drawn_images(3, image_seed=2017)
+    (tensor([0, 1, 2]), tensor([3483, 9356,  296]))
+    """
+    if not 1 <= num_images <= 10_000:
+        raise ValueError(f"num_images must be from 1 to 10,000, the test images; got {num_images}")
+    if image_seed is None:
+        return torch.arange(num_images)
+    generator = torch.Generator().manual_seed(image_seed)
+    return torch.randperm(10_000, generator=generator)[:num_images]
+
+
 def load_static_mnist(split: str = "train", dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Statically binarised MNIST, fetched at first use (110 MB).
 
@@ -481,6 +513,104 @@ def load_static_mnist(split: str = "train", dtype: torch.dtype = torch.float32) 
     return (digits - ord("0")).to(dtype)
 
 
+# ------------------------------------------------------------------------- colour images and words
+
+
+def load_cifar10(split: str = "train") -> torch.Tensor:
+    """CIFAR-10, fetched at first use (170 MB).
+
+    :param split: ``"train"`` (50,000 images) or ``"test"`` (10,000).
+    :returns: levels 0 to 255, ``[N, 3072]``, uint8: the red plane of 32 x 32 pixels row by row,
+        then the green and the blue one. See :func:`dequantise`.
+    :raises ValueError: for an unknown split.
+    :raises DataError: if a file is damaged or cannot be downloaded.
+    """
+    _check_choice(split, ("train", "test"))
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    raw = bytearray(b"".join(read_bytes("cifar10", name) for name in names))
+    return torch.frombuffer(raw, dtype=torch.uint8).view(-1, 3073)[:, 1:].clone()
+
+
+def dequantise(levels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    r"""Real images from levels: :math:`x = (v + u) / 256` with u uniform on [0, 1).
+
+    A density p of x gives a probability of the levels of at least
+    :math:`\mathbb{E}_u[\log p(x)] - P \log 256` nats (Theis, van den Oord and Bethge 2016).
+
+    :param levels: ``[..., P]``, uint8.
+
+    >>> dequantise(torch.full((1000,), 255, dtype=torch.uint8)).max() <= 1
+    tensor(True)
+    """
+    noise = torch.rand(levels.shape, generator=generator, device=levels.device)
+    return (levels + noise) / 256
+
+
+def load_newsgroups(split: str = "train") -> torch.Tensor:
+    """20 Newsgroups as counts of 1,995 words, fetched at first use (6 MB).
+
+    Each line of a file is a label and pairs ``word:count``; words are numbered from 1. The one
+    document of each split that has none of the words is left out.
+
+    :param split: ``"train"`` (11,258 documents) or ``"test"`` (7,487).
+    :returns: float32 ``[N, 1995]``.
+    :raises ValueError: for an unknown split.
+    :raises DataError: if a file is damaged or cannot be downloaded.
+    """
+    _check_choice(split, ("train", "test"))
+    lines = read_bytes("20news", f"{split}.feat").decode().splitlines()
+    counts = torch.zeros(len(lines), 1995)
+    for row, line in enumerate(lines):
+        pairs = [pair.split(":") for pair in line.split()[1:]]
+        counts[row, [int(word) - 1 for word, _ in pairs]] = torch.tensor(
+            [float(c) for _, c in pairs]
+        )
+    return counts[counts.sum(1) > 0]
+
+
+def load_rcv1(
+    split: str = "train", num_words: int = 10_000, num_held_out: int = 10_000, seed: int = 0
+) -> torch.Tensor:
+    r"""RCV1 as counts of its most frequent words, from the public token files (fetched, 0.7 GB).
+
+    The files ``test_pt0`` to ``test_pt3`` and ``train`` are joined in this order, 804,414 stories
+    in all. Words are ranked by their count over all stories, ties by the alphabet. A random
+    ``num_held_out`` stories are the test set; stories without any of the words are left out.
+
+    :param split: ``"train"`` or ``"test"``.
+    :param num_words: P.
+    :param num_held_out: stories of the test set.
+    :param seed: of their choice, by ``torch.randperm``.
+    :returns: a sparse COO tensor of float32 counts, ``[N, P]``; rows by ``index_select``.
+    :raises ValueError: for an unknown split.
+    :raises DataError: if a file cannot be downloaded, or is not of that form.
+    """
+    _check_choice(split, ("train", "test"))
+    names = [*(f"test_pt{part}" for part in range(4)), "train"]
+    stories: list[Counter] = []
+    for name in names:
+        text = gzip.decompress(read_bytes("rcv1", f"lyrl2004_tokens_{name}.dat.gz")).decode()
+        for story in text.split(".I ")[1:]:
+            number, mark, words = story.partition("\n.W\n")
+            if not (mark and number.strip().isdigit()):
+                raise DataError(f"rcv1/{name}: a story must be '.I number', '.W', words")
+            stories.append(Counter(words.split()))
+    totals = Counter()
+    for story in stories:
+        totals.update(story)
+    ranked = sorted(totals, key=lambda word: (-totals[word], word))[:num_words]
+    index = {word: rank for rank, word in enumerate(ranked)}
+    order = torch.randperm(len(stories), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = order[:num_held_out] if split == "test" else order[num_held_out:]
+    found = [[(index[w], n) for w, n in stories[i].items() if w in index] for i in sorted(chosen)]
+    found = [pairs for pairs in found if pairs]
+    rows = [row for row, pairs in enumerate(found) for _ in pairs]
+    columns = [column for pairs in found for column, _ in pairs]
+    values = torch.tensor([float(n) for pairs in found for _, n in pairs])
+    size = (len(found), len(ranked))
+    return torch.sparse_coo_tensor(torch.tensor([rows, columns]), values, size).coalesce()
+
+
 # ------------------------------------------------------------------------------------ command line
 
 
@@ -491,7 +621,7 @@ def main(arguments: list[str] | None = None) -> int:
     :returns: exit status: 0, or 1 if a file is damaged or cannot be fetched, an embedded one
         is missing, or a name is unknown.
 
-    >>> main(["list"])
+    >>> main(["list", "mnist"])
     mnist         embedded  11.6 MB  CC BY-SA 3.0...
     0
     """

@@ -8,7 +8,8 @@ loops, keeps finished stages, and writes weights and results. A new kind of stud
 ``workflow/experiments.yaml``.
 
 Sources: Li, Turner and Liu (2017) for the rows of amortised MCMC and for imputation; Burda, Grosse
-and Salakhutdinov (2016) and Tucker et al. (2019) for those of importance-weighted auto-encoders.
+and Salakhutdinov (2016) and Tucker et al. (2019) for those of importance-weighted auto-encoders;
+Marino, Yue and Mandt (2018) for iterative inference.
 """
 
 import hashlib
@@ -24,20 +25,36 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim import Adam, Optimizer
 
-from . import amc, data, diagnostics, evaluation, imputation, mcmc, results
+from . import amc, data, diagnostics, evaluation, imputation, iterative, mcmc, results, targets
 from .adversarial import Discriminator, InformedDiscriminator
-from .ais import AISSettings, sigmoid_schedule
+from .ais import AISSettings, ais, sigmoid_schedule
 from .encoders import GaussianEncoder, ImplicitEncoder, start_at_prior
 from .fast import RefreshedLikelihood, log_likelihood_and_grad
-from .files import Work
-from .numerics import seeded
-from .objectives import dreg_surrogate, elbo, iwae_bound
+from .files import Work, load_tree
+from .hvae import HamiltonianFlow, hvae_path
+from .hvae import Path as Paths
+from .mcvae import (
+    Bridge,
+    LeapfrogMap,
+    Maps,
+    PlanarFlow,
+    RealNVP,
+    ScoreNetwork,
+    annealed_path,
+    metvae_path,
+    uha_path,
+)
+from .models import AncestralGaussian, LatentVariableModel, conditional_normal
+from .numerics import effective_sample_size, log_mean_exp, seeded
+from .objectives import dreg_surrogate, elbo, iwae_bound, score_function_surrogate
+from .training import fit, half_cosine
 
 LATENT_DIM = 32
 #: How to build the decoder, and each encoder that a row can name.
 ARCHITECTURES = {
     "decoder": {"class": "ConvBernoulli", "latent_dim": LATENT_DIM},
     "gaussian": {"class": "GaussianEncoder", "latent_dim": LATENT_DIM},
+    "gaussian_wide": {"class": "GaussianEncoder", "latent_dim": LATENT_DIM, "num_features": 555},
     "cnn_g": {"class": "ImplicitEncoder", "latent_dim": LATENT_DIM, "noise": "gaussian"},
     "cnn_b": {"class": "ImplicitEncoder", "latent_dim": LATENT_DIM, "noise": "bernoulli"},
 }
@@ -63,12 +80,18 @@ class Training(NamedTuple):
         ``"encoder"``, ``"discriminator"``, ``"chains"``, those that the row has.
     :ivar optimizers: by the names of :mod:`amortised.amc`.
     :ivar details: facts of the row for its result, as plain values.
+    :ivar architectures: how to build the networks that are kept, by role; by default those of
+        :data:`ARCHITECTURES` that the options name.
+    :ivar examples: how many there are, and a function from numbers ``[B]`` to that batch
+        ``[B, P]``; by default MNIST's training images, binarised anew.
     """
 
     step: Callable[[Tensor, Tensor], Mapping[str, Tensor]]
     networks: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
     details: dict[str, int]
+    architectures: dict[str, dict] | None = None
+    examples: tuple[int, Callable[[Tensor], Tensor]] | None = None
 
 
 class Run(NamedTuple):
@@ -327,7 +350,7 @@ def evaluate_distillation(run: Run) -> Outcome:
     """
     config, work, seed = run.config, run.work, run.seed
     decoder = _on_device(run.network("decoder"), run.device)
-    x = _random_images(config).to(run.device)
+    x = _held_out_images(config).to(run.device)
     per_image, seconds = {}, {}
     if config["hais_images"]:
         annealing, few = _annealing(config, seed), x[: config["hais_images"]]
@@ -367,15 +390,14 @@ def evaluate_distillation(run: Run) -> Outcome:
     return Outcome(per_image, seconds, {})
 
 
-def _random_images(config: Mapping[str, object]) -> Tensor:
+def _held_out_images(config: Mapping[str, object]) -> Tensor:
     """Random binary images of the test set, or of the training images that are held back."""
-    chosen = torch.Generator().manual_seed(config["image_seed"])
+    drawn = data.drawn_images(10_000, config["image_seed"])
     if config["held_out"] == "test":
-        images = data.load_mnist_binary("test").images
-    else:
-        grey = data.load_mnist("train", dtype=torch.uint8).images[-VALIDATION_IMAGES:]
-        images = data.binarise(grey, generator=chosen)
-    return images[torch.randperm(len(images), generator=chosen)[: config["images"]]]
+        return data.load_mnist_binary("test").images[drawn[: config["images"]]]
+    grey = data.load_mnist("train", dtype=torch.uint8).images[-VALIDATION_IMAGES:]
+    generator = torch.Generator().manual_seed(config["image_seed"])
+    return data.binarise(grey, generator=generator)[drawn[drawn < len(grey)][: config["images"]]]
 
 
 def _diagnose(run: Run, decoder: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -463,46 +485,93 @@ def evaluate_decoder(run: Run) -> Outcome:
     """Estimates of the evidence of the fixed binary test images, with bounds on simulated pairs.
 
     Importance sampling from the row's own encoder, where it has a density, and from a Gaussian that
-    is fitted after training; annealing from the prior with fresh momentum at each temperature; and
-    bounds from both sides on simulated pairs, at the same settings.
+    is fitted after training; annealing from the prior; and bounds from both sides on simulated
+    pairs, at the same settings. Momenta are fresh at each temperature, and the values called
+    ``ais``; where ``hais_images`` says for how many images, they are carried, and it is ``hais``.
+
+    Where the options ask for them: ``full_is``, importance sampling from Gaussians of full
+    covariance fitted to each of ``full_covariance_images``; and ``control_bound``, a bound on all
+    test images from the Gaussian fitted after training, which predicts the other values
+    (:func:`amortised.evaluation.regression_mean`). Each uses the first images of
+    :func:`amortised.data.drawn_images`.
     """
     config, work, seed = run.config, run.work, run.seed
     decoder = _on_device(run.network("decoder"), run.device)
     encoder = run.network("encoder")
-    x = data.load_mnist_binary("test").images[: config["images"]].to(run.device)
-    with seeded(seed, run.device):
-        proposal = _network("gaussian", run.device)
-    train = data.load_mnist("train").images[: config["training_images"]].to(run.device)
-    passes = {"epochs": config["proposal_epochs"], "batch_size": config["batch_size"], "seed": seed}
-    evaluation.fit_gaussian_proposal(
-        decoder, train, encoder=proposal, work=work.stage("proposal"), **passes
-    )
-    sampling = partial(
-        evaluation.importance_sampling_ll, decoder, num_samples=config["num_samples"], seed=seed
-    )
-    fitted = own = sampling(proposal, x, work=work.stage("posthoc_importance"))
-    seconds = {"importance sampling": fitted.seconds}
+    test = data.load_mnist_binary("test").images.to(run.device)
+    drawn = test[data.drawn_images(len(test), config.get("image_seed"))]
+    x = drawn[: config["images"]]
+    proposal = _fitted_proposal(run, decoder)
+    sampling = partial(evaluation.importance_sampling_ll, decoder, seed=seed)
+    samples = {"num_samples": config["num_samples"]}
+    found = {"posthoc_is": sampling(proposal, x, **samples, work=work.stage("posthoc_importance"))}
+    found["is"] = found["posthoc_is"]
+    seconds = {"importance sampling": found["is"].seconds}
     if isinstance(encoder, GaussianEncoder):
-        own = sampling(_on_device(encoder, run.device), x, work=work.stage("importance"))
-        seconds["importance sampling"] += own.seconds
-    annealing = _annealing(config, seed)
-    dtype = DTYPES[config["evaluation_dtype"]]
-    if dtype is not None:
-        annealing["likelihood"] = partial(log_likelihood_and_grad, decoder, dtype=dtype)
-    annealed = evaluation.hais_ll(decoder, x, **annealing, work=work.stage("annealing"))
-    pairs = config["simulated_pairs"]
-    bounds = evaluation.bdmc_ll(decoder, pairs, **annealing, work=work.stage("bounds"))
-    seconds |= {"annealing": annealed.seconds, "bounds": bounds.seconds}
-    per_image = {}
-    for name, estimate in (("is", own), ("posthoc_is", fitted), ("ais", annealed)):
-        per_image |= {f"{name}_ll": estimate.log_likelihood, f"{name}_ess": estimate.ess}
+        encoder = _on_device(encoder, run.device)
+        found["is"] = sampling(encoder, x, **samples, work=work.stage("importance"))
+        seconds["importance sampling"] += found["is"].seconds
+    if "full_covariance_images" in config:
+        found["full_is"], seconds["full covariance"] = _full_covariance(run, decoder, drawn)
+    name = "hais" if "hais_images" in config else "ais"
+    found[name], bounds = _annealed(run, decoder, drawn)
+    seconds |= {"annealing": found[name].seconds, "bounds": bounds.seconds}
+    per_image = {f"{kind}_ll": estimate.log_likelihood for kind, estimate in found.items()}
+    per_image |= {f"{kind}_ess": estimate.ess for kind, estimate in found.items()}
     per_image |= {
-        "ais_acceptance_rate": annealed.acceptance_rate,
+        f"{name}_acceptance_rate": found[name].acceptance_rate,
         "simulated_lower_bound": bounds.lower,
         "simulated_upper_bound": bounds.upper,
         "simulated_gap": bounds.gap,
     }
+    if "control_samples" in config:
+        samples = {"num_samples": config["control_samples"]}
+        samples["likelihood"] = partial(log_likelihood_and_grad, decoder)
+        control = sampling(proposal, test, **samples, work=work.stage("control"))
+        per_image["control_bound"], seconds["control"] = control.log_likelihood, control.seconds
     return Outcome(per_image, seconds, {})
+
+
+def _fitted_proposal(run: Run, decoder: nn.Module) -> nn.Module:
+    """A Gaussian encoder fitted to the finished decoder, on training images."""
+    config = run.config
+    with seeded(run.seed, run.device):
+        proposal = _network("gaussian", run.device)
+    train = data.load_mnist("train").images[: config["training_images"]].to(run.device)
+    passes = {"epochs": config["proposal_epochs"], "batch_size": config["batch_size"]}
+    passes |= {"seed": run.seed, "work": run.work.stage("proposal")}
+    return evaluation.fit_gaussian_proposal(decoder, train, encoder=proposal, **passes)
+
+
+def _full_covariance(
+    run: Run, decoder: nn.Module, drawn: Tensor
+) -> tuple[evaluation.LikelihoodEstimate, float]:
+    """Importance sampling from Gaussians of full covariance, and the seconds of both parts."""
+    x = drawn[: run.config["full_covariance_images"]]
+    settings = {"seed": run.seed, "likelihood": partial(log_likelihood_and_grad, decoder)}
+    fitted = evaluation.fit_full_covariance(
+        decoder, x, **settings, work=run.work.stage("full_covariance")
+    )
+    settings |= {"num_samples": run.config["full_covariance_samples"]}
+    estimate = evaluation.importance_sampling_ll(
+        decoder, fitted, x, **settings, work=run.work.stage("full_covariance_importance")
+    )
+    return estimate, fitted.seconds + estimate.seconds
+
+
+def _annealed(
+    run: Run, decoder: nn.Module, drawn: Tensor
+) -> tuple[evaluation.LikelihoodEstimate, evaluation.BDMCEstimate]:
+    """Annealing of test images, and bounds on simulated pairs at the same settings."""
+    config, work = run.config, run.work
+    annealing = _annealing(config, run.seed)
+    dtype = DTYPES[config["evaluation_dtype"]]
+    if dtype is not None:
+        annealing["likelihood"] = partial(log_likelihood_and_grad, decoder, dtype=dtype)
+    x = drawn[: config.get("hais_images", config["images"])]
+    annealed = evaluation.hais_ll(decoder, x, **annealing, work=work.stage("annealing"))
+    pairs = config["simulated_pairs"]
+    return annealed, evaluation.bdmc_ll(decoder, pairs, **annealing, work=work.stage("bounds"))
 
 
 def _annealing(config: Mapping[str, object], seed: int) -> dict[str, object]:
@@ -558,9 +627,8 @@ def evaluate_teacher(run: Run) -> Outcome:
     decoder = _on_device(run.network("decoder"), run.device)
     start = evaluation.load_module(_start(config)["decoder"]).half().float()  # as runs keep theirs
     start = _on_device(start, run.device)
-    chosen = torch.Generator().manual_seed(config["image_seed"])
     test = data.load_mnist_binary("test").images
-    x = test[torch.randperm(len(test), generator=chosen)[: config["images"]]].to(run.device)
+    x = test[data.drawn_images(config["images"], config["image_seed"])].to(run.device)
     annealing = _annealing(config, seed)
     found = evaluation.hais_ll(decoder, x, **annealing, work=run.work.stage("annealing"))
     before = evaluation.hais_ll(start, x, **annealing, work=run.work.stage("start_annealing"))
@@ -590,6 +658,225 @@ def evaluate_teacher(run: Run) -> Outcome:
         per_image["teacher_acceptance_rate"] = chain.acceptance_rate.mean(0)
     seconds = {"annealing": found.seconds + before.seconds, "bounds": bounds.seconds}
     return Outcome(per_image, seconds, {})
+
+
+# --- chains inside the bound ---------------------------------------------------------------------
+
+
+#: The invertible maps that a row can name, by latent dimension and first step size.
+MAPS: dict[str, Callable[[int, float], nn.Module]] = {
+    "leapfrog": LeapfrogMap,
+    "realnvp": lambda latent_dim, _: RealNVP(latent_dim),
+    "planar": lambda latent_dim, _: PlanarFlow(latent_dim),
+    "potential": lambda latent_dim, step_size: LeapfrogMap(
+        latent_dim, step_size, potential=_potential(latent_dim)
+    ),
+}
+#: The bridges, by whether they have a learned reverse.
+BRIDGES = {"langevin": False, "annealed": False, "uha": False, "hvi": True, "mcd": True}
+
+
+def _potential(latent_dim: int) -> nn.Module:
+    """A learned potential that does not see the target: ``[..., B, D] -> [..., B]``."""
+    layers = nn.Linear(latent_dim, 64), nn.SiLU(), nn.Linear(64, 1)
+    return nn.Sequential(*layers, nn.Flatten(-2, -1))
+
+
+def build_path(
+    config: Mapping[str, object], latent_dim: int
+) -> tuple[Callable[..., Paths], nn.Module]:
+    """The path of a row, and what it learns beside the encoder.
+
+    :param config: the options of :class:`amortised.studies.PathOptions`.
+    :param latent_dim: D.
+    :return: ``path_fn(model, q, x, num_samples)``, and a module, possibly without parameters.
+
+    >>> config = dict(path="hvae", num_steps=10, tempering="free", varied=False, step_size=0.2)
+    >>> sum(p.numel() for p in build_path(config, 64)[1].parameters())
+    74
+    """
+    path, steps = config["path"], config["num_steps"]
+    step = {"step_size": config["step_size"], "varied": config["varied"]}
+    if path == "importance":
+        return partial(targets.importance_path, num_inner=steps + 1), nn.ModuleList()
+    if path == "hvae":
+        flow = HamiltonianFlow(latent_dim, steps, config["tempering"], **step)
+        return partial(hvae_path, flow=flow), flow
+    if path in BRIDGES:
+        step["score"] = ScoreNetwork(latent_dim) if BRIDGES[path] else None
+        step["persistence"] = config["kept_momentum"]
+        bridge = Bridge(latent_dim, steps, on_target=path == "hvi", **step)
+        return partial(annealed_path if path == "annealed" else uha_path, settings=bridge), bridge
+    maps = nn.ModuleList(MAPS[path](latent_dim, config["step_size"]) for _ in range(steps))
+    return partial(metvae_path, settings=Maps(maps, config["acceptance"])), maps
+
+
+def path_training(config: Mapping[str, object], device: torch.device | str = "cpu") -> Training:
+    """A variational auto-encoder whose bound has a path in it; without steps, the plain one.
+
+    Adam at ``learning_rate`` for decoder, encoder and path. Decisions bring their term of the
+    gradient, with the leave-one-out mean over the paths of an image as its baseline.
+
+    :param config: the options of :class:`amortised.studies.PathVaeOptions`.
+    :param device: where to put the networks.
+    """
+    networks = {"decoder": _network("decoder", device)}
+    networks["encoder"] = _network(config["encoder"], device)
+    path_fn, learned = build_path(config, LATENT_DIM)
+    networks["path"] = learned.to(device)
+    names = {"model": "decoder", "encoder": "encoder"}
+    names |= {"path": "path"} if any(True for _ in learned.parameters()) else {}
+    optimizers = {n: _adam(networks[role], config["learning_rate"]) for n, role in names.items()}
+    decoder, encoder, num_samples = *list(networks.values())[:2], config["num_path_samples"]
+
+    def step(x: Tensor, index: Tensor) -> Mapping[str, Tensor]:
+        path = path_fn(decoder, encoder(x), x, num_samples)
+        terms = path.log_weights, path.log_decisions
+        bound = score_function_surrogate(*terms, baseline=num_samples > 1)
+        losses = {"loss": amc.descend(-bound, *optimizers.values())}
+        return losses | ({"acceptance": path.acceptance.mean()} if len(path.acceptance) else {})
+
+    details = {"path_parameters": sum(p.numel() for p in learned.parameters())}
+    return Training(step, networks, optimizers, details)
+
+
+#: Images in a block of paths: each block has random numbers of its own.
+PATH_BLOCK = 10
+
+
+def evaluate_path(run: Run) -> Outcome:
+    """The row's own bound on random test images, and its decoder by annealing like all others.
+
+    ``bound`` and ``path_ll`` are the mean and the logarithm of the mean of ``num_samples`` paths.
+    Annealing from the prior does not know of the path. ``score_share`` of the details is the share
+    of the decisions' term in the variance of the gradient of the path's parameters.
+    """
+    config, work, seed = run.config, run.work, run.seed
+    decoder, encoder = (_on_device(run.network(r), run.device) for r in ("decoder", "encoder"))
+    path_fn, learned = build_path(config, LATENT_DIM)
+    learned.to(run.device).load_state_dict(load_tree(run.weights / "path.stage"))
+    x = _held_out_images(config).to(run.device)
+    stage, started = work.stage("paths"), time.monotonic()
+    per_image = stage.load("values")
+    if per_image is None:
+        blocks = []
+        for number, block in enumerate(x.split(PATH_BLOCK)):
+            stage.check_time(f"{number} blocks of images are done")
+            with seeded(1000 * seed + number, run.device), torch.no_grad():
+                blocks.append(path_fn(decoder, encoder(block), block, config["num_samples"]))
+        log_weights = torch.cat([path.log_weights for path in blocks], 1).cpu()
+        per_image = {
+            "bound": log_weights.mean(0),
+            "path_ll": log_mean_exp(log_weights, dim=0),
+            "path_ess": effective_sample_size(log_weights),
+            "half_variance": 0.5 * log_weights.var(0),
+        }
+        if len(blocks[0].acceptance):
+            rates = [path.acceptance.mean((0, 1)) for path in blocks]
+            per_image["acceptance"] = torch.cat(rates).cpu()
+        stage.save("values", per_image)
+    seconds, annealing = {"paths": time.monotonic() - started}, _annealing(config, seed)
+    hais = evaluation.hais_ll(decoder, x, **annealing, work=work.stage("annealing"))
+    pairs = config["simulated_pairs"]
+    bounds = evaluation.bdmc_ll(decoder, pairs, **annealing, work=work.stage("bounds"))
+    seconds |= {"annealing": hais.seconds, "bounds": bounds.seconds}
+    per_image = per_image | {"hais_ll": hais.log_likelihood, "simulated_gap": bounds.gap}
+    share = {}
+    if "acceptance" in per_image:
+        with seeded(seed, run.device):
+            share = {"score_share": _score_share(path_fn, decoder, encoder, x, learned)}
+    return Outcome(per_image, seconds, share)
+
+
+def _score_share(
+    path_fn: Callable[..., Paths], decoder: nn.Module, encoder: nn.Module, x: Tensor,
+    learned: nn.Module, num_draws: int = 20
+) -> float:  # fmt: skip
+    """Variance of the decisions' term over the sum of both terms' variances, two paths an image."""
+    draws = [[], []]
+    for _ in range(num_draws):
+        path = path_fn(decoder, encoder(x[:PATH_BLOCK]), x[:PATH_BLOCK], 2)
+        signal = (path.log_weights - path.log_weights.flip(0)).detach()
+        for kept, term in zip(draws, (path.log_weights, signal * path.log_decisions), strict=True):
+            grads = torch.autograd.grad(
+                term.mean(), list(learned.parameters()), retain_graph=True, allow_unused=True
+            )
+            kept.append(torch.cat([g.flatten() for g in grads if g is not None]))
+    pathwise, score = (torch.stack(kept).var(0).sum() for kept in draws)
+    return round((score / (pathwise + score)).item(), 4)
+
+
+# --- paths on targets that are known -------------------------------------------------------------
+
+
+def _observed_half(x: Tensor) -> Tensor:
+    """The upper half of images, as a mask of what is missing."""
+    mask = torch.ones_like(x[0], dtype=torch.bool)
+    mask[: mask.numel() // 2] = False
+    return mask
+
+
+def _on_a_decoder(config: Mapping[str, object], seed: int) -> tuple[LatentVariableModel, Tensor]:
+    """Posteriors of digits under a trained decoder, of whole images or of upper halves.
+
+    Their evidence is a mean of annealed estimates, a lower bound.
+    """
+    decoder = evaluation.load_module(_start(config)["decoder"]).requires_grad_(False)
+    chosen = torch.Generator().manual_seed(config["image_seed"])
+    images = data.load_mnist_binary("test").images
+    x = images[data.drawn_images(config["starts"], config["image_seed"])]
+    log_likelihood = partial(decoder.log_likelihood, x)
+    if config["target"] == "inpainting":
+        mask = _observed_half(x)
+        log_likelihood = partial(imputation.observed_log_likelihood, decoder, x, mask)
+    prior, num_chains = decoder.prior(), 16
+    z0 = torch.randn(num_chains, len(x), LATENT_DIM, generator=chosen)
+    settings = AISSettings(sigmoid_schedule(config["num_temperatures"]), 0.1, 5)
+    found = ais((prior.log_prob, log_likelihood), z0, settings, generator=chosen)
+    log_evidence = log_mean_exp(found.log_weights, dim=0).float()
+
+    def log_density(z: Tensor) -> Tensor:
+        return prior.log_prob(z) + log_likelihood(z)
+
+    return targets.Density(log_density, LATENT_DIM, 0.0), log_evidence
+
+
+def evaluate_target(run: Run) -> Outcome:
+    """A path that is trained on one target from several starts, and judged there.
+
+    Each start has a Gaussian of its own, drawn around the origin; what else the path learns is
+    shared. On the ring, the eight Gaussians and the funnel the evidence is exact. The values per
+    start are the bound's gap, half the variance of the log-weights, and in two dimensions the share
+    of directions (ring) or modes (eight Gaussians) that the ends of the paths cover.
+    """
+    config, num_starts = run.config, run.config["starts"]
+    x = torch.zeros(num_starts, 1)
+    if config["target"] in ("digits", "inpainting"):
+        model, log_evidence = _on_a_decoder(config, run.seed)
+    else:
+        model = targets.TARGETS[config["target"]]().requires_grad_(False)
+        x = x + 8 * math.pi if config["target"] == "ring" else x
+        log_evidence = model.log_evidence(x)
+    started = time.monotonic()
+    torch.manual_seed(run.seed)
+    encoder = targets.FreeGaussian(config["spread"] * torch.randn(num_starts, model.latent_dim))
+    path_fn, learned = build_path(config, model.latent_dim)
+    sizes = {"num_updates": config["num_updates"], "num_samples": config["num_path_samples"]}
+    targets.fit_path(path_fn, model, encoder, x, learned=learned,
+                     learning_rate=config["learning_rate"], **sizes)  # fmt: skip
+    with torch.no_grad():
+        path = path_fn(model, encoder(x), x, config["num_samples"])
+    values = {
+        "gap": log_evidence - path.log_weights.mean(0),
+        "half_variance": 0.5 * path.log_weights.var(0),
+        "importance_weighted_gap": log_evidence - log_mean_exp(path.log_weights, dim=0),
+    }
+    if config["target"] in ("ring", "eight_gaussians"):
+        sectors = 16 if config["target"] == "ring" else 8
+        values["coverage"] = targets.circular_coverage(path.z, sectors)
+    if len(path.acceptance):
+        values["acceptance"] = path.acceptance.mean((0, 1))
+    return Outcome(values, {"fit": time.monotonic() - started}, {})
 
 
 # --- imputation ----------------------------------------------------------------------------------
@@ -640,6 +927,208 @@ def _impute(run: Run, number: int, kind: str) -> dict:
     return {"values": values, "ess": round(reference.ess.mean().item(), 2)}
 
 
+# --- iterative inference -------------------------------------------------------------------------
+
+
+#: Kind and size of the observations of each data set.
+OBSERVATIONS = {
+    "mnist": ("binary", 784),
+    "cifar10": ("real", 3072),
+    "20news": ("counts", 1995),
+    "rcv1": ("counts", 10_000),
+}
+
+
+def training_examples(
+    config: Mapping[str, object], device: torch.device | str = "cpu"
+) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """The first ``training_images`` of a data set, and how a batch of them is drawn.
+
+    Pixels of MNIST are binarised and levels of CIFAR-10 dequantised anew at each visit.
+
+    :param config: options with ``dataset`` and ``training_images``.
+    :return: how many there are, and a map from their numbers ``[B]`` to observations ``[B, P]``.
+    :raises ValueError: when there are not so many.
+    """
+    name, wanted = config["dataset"], config["training_images"]
+    if name == "mnist":
+        kept, draw = data.load_mnist("train", dtype=torch.uint8).images, data.binarise
+    elif name == "cifar10":
+        kept, draw = data.load_cifar10("train"), data.dequantise
+    else:
+        load = data.load_newsgroups if name == "20news" else data.load_rcv1
+        kept, draw = load("train"), Tensor.to_dense
+    if wanted > len(kept):
+        raise ValueError(f"training_images = {wanted}, but {name} has {len(kept)} for training")
+    kept = kept.to(device)
+    return wanted, lambda index: draw(kept.index_select(0, index))
+
+
+def held_out_examples(config: Mapping[str, object], device: torch.device | str = "cpu") -> Tensor:
+    """Random test examples, the same for all rows: binarised or dequantised once and for all.
+
+    :param config: options with ``dataset``, ``images`` and ``image_seed``.
+    :return: ``[N, P]``.
+    """
+    name, stream = config["dataset"], torch.Generator().manual_seed(config["image_seed"])
+    load = {
+        "mnist": lambda split: data.load_mnist_binary(split).images,
+        "cifar10": data.load_cifar10,
+        "20news": data.load_newsgroups,
+        "rcv1": data.load_rcv1,
+    }[name]
+    kept = load("test")
+    x = kept.index_select(0, torch.randperm(len(kept), generator=stream)[: config["images"]])
+    return (data.dequantise(x, stream) if name == "cifar10" else x.to_dense()).to(device)
+
+
+def iterative_architectures(config: Mapping[str, object], method: str) -> dict[str, dict]:
+    """How to build the model of a row and an encoder of some method for it.
+
+    :param config: the options of :class:`amortised.studies.IterativeOptions`.
+    :param method: ``"standard"``, ``"iterative"`` or ``"ladder"``.
+    """
+    observation, size = OBSERVATIONS[config["dataset"]]
+    shape = {"num_hidden": config["num_hidden"], "num_layers": config["num_layers"]}
+    sizes = {"latent_dims": config["latent_dims"], "observation_dim": size}
+    decoder = {"class": "DeepLatentGaussian", "observation": observation} | sizes | shape
+    counts = {"counts": observation == "counts"}
+    if method == "ladder":
+        return {"decoder": decoder, "encoder": {"class": "LadderEncoder"} | sizes | counts | shape}
+    sizes = {"latent_dim": sum(config["latent_dims"]), "observation_dim": size}
+    inputs = config["inputs"] if method == "iterative" else ["x"]
+    encoder = {"class": "IterativeEncoder", "inputs": inputs, "gated": method == "iterative"}
+    return {"decoder": decoder, "encoder": encoder | sizes | counts | shape}
+
+
+def iterative_training(
+    config: Mapping[str, object], device: torch.device | str = "cpu"
+) -> Training:
+    """A row of Marino, Yue and Mandt (2018): a model with a standard, iterative or ladder encoder.
+
+    Adam at ``learning_rate`` for both. Models of one seed start from the same weights.
+
+    :param config: the options of :class:`amortised.studies.IterativeOptions`.
+    :param device: where to put the networks.
+
+    >>> options = dict(dataset="mnist", method="iterative", inputs=["x", "gradient", "estimates"],
+    ...     latent_dims=[2], num_hidden=8, num_layers=1, num_iterations=3, num_student_samples=1,
+    ...     learning_rate=1e-3, training_images=100)
+    >>> list(iterative_training(options).step(torch.zeros(5, 784), torch.arange(5)))
+    ['loss', 'first']
+    """
+    architectures = iterative_architectures(config, config["method"])
+    networks = {r: evaluation.build_module(a).to(device) for r, a in architectures.items()}
+    model, encoder = networks.values()
+    rate = config["learning_rate"]
+    optimizers = {"model": _adam(model, rate), "encoder": _adam(encoder, rate)}
+    settings = _iterations(config)
+
+    def step(x: Tensor, index: Tensor) -> Mapping[str, Tensor]:
+        return iterative.iterative_step(x, model, encoder, optimizers.values(), **settings)
+
+    examples = training_examples(config, device)
+    return Training(step, networks, optimizers, {}, architectures, examples)
+
+
+def _iterations(config: Mapping[str, object], method: str | None = None) -> dict[str, int]:
+    count = config["num_iterations"] if (method or config["method"]) == "iterative" else 1
+    return {"num_iterations": count, "num_samples": config["num_student_samples"]}
+
+
+def evaluate_iterative(run: Run) -> Outcome:
+    """Evidence and bounds of random test examples, and what better inference would add.
+
+    ``is_ll`` by importance sampling from the last posterior, with its bits per dimension or nats
+    per word; ``elbo`` of that posterior, ``elbo_first`` of the first iteration's, and the
+    divergence of each level. For the first ``svi_images``, ``svi_gain`` is what local optimisation
+    of the last posterior adds to its bound. ``elbo_posthoc_<method>`` is the bound of an encoder
+    of that method that was trained on the finished model alone, where ``posthoc_epochs`` is not 0.
+    """
+    config, work, seed = run.config, run.work, run.seed
+    model, encoder = run.network("decoder"), run.network("encoder")
+    x, settings = held_out_examples(config, run.device), _iterations(config)
+
+    def infer(x: Tensor) -> Distribution:
+        with seeded(seed, run.device):
+            return iterative.posterior(model, encoder, x, **settings)
+
+    stage, count = work.stage("importance"), config["num_samples"]
+    found = evaluation.importance_sampling_ll(
+        model, infer, x, num_samples=count, seed=seed, work=stage
+    )
+    started, per_image = time.monotonic(), {"is_ll": found.log_likelihood, "is_ess": found.ess}
+    if config["dataset"] == "cifar10":
+        bits = math.log(256.0) - found.log_likelihood / x.shape[1]
+        per_image["bits_per_dim"] = bits / math.log(2.0)
+    if OBSERVATIONS[config["dataset"]][0] == "counts":
+        per_image["nats_per_word"] = -found.log_likelihood / x.sum(-1).cpu()
+    with seeded(seed, run.device), torch.no_grad():
+        q = iterative.posterior(model, encoder, x, **settings)
+        per_image["elbo"], divergences = _mean_elbo(model, q, x)
+        for level, part in enumerate(divergences.split(config["latent_dims"], -1), start=1):
+            per_image[f"kl_level_{level}"] = part.sum(-1)
+        first = iterative.posterior(model, encoder, x, 1, settings["num_samples"])
+        per_image["elbo_first"] = _mean_elbo(model, first, x)[0]
+    if config["svi_steps"]:
+        per_image["svi_gain"] = _svi_gain(run, model, infer, x[: config["svi_images"]])
+    for method in ("standard", "iterative") if config["posthoc_epochs"] else ():
+        fitted = _posthoc_encoder(run, model, method)
+        with seeded(seed, run.device), torch.no_grad():
+            q = iterative.posterior(model, fitted, x, **_iterations(config, method))
+            per_image[f"elbo_posthoc_{method}"] = _mean_elbo(model, q, x)[0]
+    seconds = {"importance sampling": found.seconds, "bounds": time.monotonic() - started}
+    return Outcome(per_image, seconds, {})
+
+
+def _mean_elbo(
+    model: nn.Module, q: Distribution, x: Tensor, num_draws: int = 10
+) -> tuple[Tensor, Tensor]:
+    """The bound and the divergence of each coordinate, means over ``num_draws`` times 10 draws."""
+    parts = [iterative.level_elbo(model, q, x, 10) for _ in range(num_draws)]
+    elbo, divergences = (torch.stack(part).mean(0) for part in zip(*parts, strict=True))
+    return elbo, divergences
+
+
+def _svi_gain(
+    run: Run, model: nn.Module, infer: Callable[[Tensor], Distribution], x: Tensor
+) -> Tensor:
+    """Adam on the parameters of each example's posterior, from the encoder's; a ladder's counts
+    as it is at its own means. The second half of the steps is averaged."""
+    with seeded(run.seed, run.device), torch.no_grad():
+        q = infer(x)
+        is_ladder = isinstance(q, AncestralGaussian)
+        z = q.descend(x.new_zeros(len(x), model.latent_dim)) if is_ladder else q.mean
+        normal = conditional_normal(q, z)
+        start = torch.cat([normal.mean, normal.stddev.log()], -1)
+        step = iterative.gradient_ascent(partial(Adam, lr=0.02))
+        trace = iterative.refine(
+            model, step, x, run.config["svi_steps"], start=start, num_samples=10
+        )
+        best = trace.parameters[len(trace.parameters) // 2 :].mean(0)
+        return _mean_elbo(model, iterative.gaussian(best), x)[0] - _mean_elbo(model, q, x)[0]
+
+
+def _posthoc_encoder(run: Run, model: nn.Module, method: str) -> nn.Module:
+    """An encoder for a model that stays as it is."""
+    config = run.config
+    count, draw = training_examples(config, run.device)
+    with seeded(run.seed, run.device):
+        reads = config | {"inputs": config["posthoc_inputs"]}
+        architecture = iterative_architectures(reads, method)["encoder"]
+        encoder = evaluation.build_module(architecture).to(run.device)
+        optimizer, settings = _adam(encoder, config["learning_rate"]), _iterations(config, method)
+
+        def step(index: Tensor) -> Mapping[str, Tensor]:
+            return iterative.iterative_step(draw(index), model, encoder, [optimizer], **settings)
+
+        state = {"encoder": encoder, "optimizer": optimizer}
+        passes = {"epochs": config["posthoc_epochs"], "batch_size": config["batch_size"]}
+        index, stage = torch.arange(count, device=run.device), run.work.stage(f"posthoc_{method}")
+        fit(step, index, state, schedule=half_cosine, work=stage, seed=run.seed, **passes)
+    return encoder
+
+
 # --- the kinds of studies ------------------------------------------------------------------------
 
 
@@ -649,5 +1138,8 @@ RECIPES: dict[str, Recipe] = {
     "distillation": Recipe(distillation_training, evaluate_distillation),
     "vae": Recipe(vae_training, evaluate_decoder),
     "teacher": Recipe(teacher_training, evaluate_teacher),
+    "path": Recipe(path_training, evaluate_path),
+    "target": Recipe(None, evaluate_target),
     "imputation": Recipe(None, evaluate_imputation),
+    "iterative": Recipe(iterative_training, evaluate_iterative),
 }

@@ -34,11 +34,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checks, data, files, results
+from . import checks, files, results
 from .cuda import CapturedFunction
 from .files import LockedError, OutOfTimeError, Work
 from .numerics import argument_validation, seeded
-from .recipes import ARCHITECTURES, RECIPES, Outcome, Run
+from .recipes import ARCHITECTURES, RECIPES, Outcome, Run, training_examples
 from .training import FitResult, fit, half_cosine
 
 EXIT_FAILED, EXIT_USAGE, EXIT_OUT_OF_TIME = 1, 2, 3
@@ -136,7 +136,10 @@ def _work(run: Run, spec: Mapping[str, object], training_only: bool) -> None:
     started, cpu_started = time.time(), time.process_time()
     folder, recipe = run.work.folder, RECIPES[spec["recipe"]]
     is_resumed = any(folder.glob("*.stage")) or any(folder.glob("*.safetensors"))
-    facts = results.provenance(run.device, started=started)  # of the code as it was read
+    datasets = [run.config.get("dataset", "mnist")]
+    facts = results.provenance(
+        run.device, started=started, datasets=datasets
+    )  # of the code as read
     training = read_json(folder / "training.json")
     try:
         is_cuda = run.device.type == "cuda"  # then it is the current one: graphs are captured there
@@ -149,7 +152,7 @@ def _work(run: Run, spec: Mapping[str, object], training_only: bool) -> None:
                     path.unlink()
             if training_only:
                 return
-            reason = read_json(run.weights / "training.json").get("reason")
+            reason = (read_json(run.weights / "training.json") or {}).get("reason")
             if reason is not None:
                 raise FloatingPointError(reason)
             outcome = recipe.evaluate(run)
@@ -167,31 +170,35 @@ def _work(run: Run, spec: Mapping[str, object], training_only: bool) -> None:
 def _train(run: Run, spec: Mapping[str, object], facts: Mapping[str, object]) -> dict:
     """Train the networks of a run, and write their weights and then ``training.json``.
 
-    All learning rates fall along half a cosine; batches are binarised anew at each visit.
+    All learning rates fall along half a cosine.
     """
     config, folder = run.config, run.work.folder
     training = RECIPES[spec["recipe"]].build(config, run.device)
-    levels = data.load_mnist("train", dtype=torch.uint8).images[: config["training_images"]]
-    levels = levels.to(run.device)
+    count, draw = training.examples or training_examples(config | {"dataset": "mnist"}, run.device)
     state = training.networks | {f"{k} optimizer": o for k, o in training.optimizers.items()}
 
     def update(index: Tensor) -> Mapping[str, Tensor]:
-        return training.step(data.binarise(levels[index]), index)
+        return training.step(draw(index), index)
 
     # Validation of a distribution's arguments looks at values, which a captured graph cannot; and
     # it would stop a run that diverges with an error of its own, before `fit` sees the loss.
     with argument_validation(False):
         step = CapturedFunction(update, state) if run.device.type == "cuda" else update
-        index, work = torch.arange(len(levels), device=run.device), run.work.stage("training")
+        index, work = torch.arange(count, device=run.device), run.work.stage("training")
         passes = {"epochs": config["epochs"], "batch_size": config["batch_size"], "seed": run.seed}
         result = fit(step, index, state, schedule=half_cosine, work=work, **passes)
-    kinds = {"decoder": "decoder", "encoder": config.get("encoder", "gaussian")}
-    for role, kind in kinds.items():
+    architectures = training.architectures
+    if architectures is None:
+        kinds = {"decoder": "decoder", "encoder": config.get("encoder", "gaussian")}
+        architectures = {role: ARCHITECTURES.get(kind) for role, kind in kinds.items()}
+    for role, architecture in architectures.items():
         if role in training.networks:
             details = {**spec, "provenance": facts}
             path = folder / f"{role}.safetensors"
             network = training.networks[role]
-            results.save_weights(path, network, ARCHITECTURES[kind], details, dtype=torch.float16)
+            results.save_weights(path, network, architecture, details, dtype=torch.float16)
+    if "path" in training.networks:
+        files.save_tree(folder / "path.stage", dict(training.networks["path"].state_dict()))
     found = training.details | {
         "steps": result.num_steps,
         "seconds": round(result.seconds, 2),

@@ -115,6 +115,14 @@ class DataFile(Strict):
     sha256: Sha256 | None = None
 
 
+class Archive(Strict):
+    """A packed folder at each address of a data set, which holds its files."""
+
+    name: PlainName
+    sha256: Sha256
+    folder: PlainName
+
+
 class DataSet(Strict):
     """A data set: where its files come from and on what terms."""
 
@@ -125,6 +133,8 @@ class DataSet(Strict):
     embedded: bool = False
     #: Folders to fetch from, tried in order.
     addresses: list[Address]
+    #: Where the files are not to be had one by one.
+    archive: Archive | None = None
     files: list[DataFile]
 
     @model_validator(mode="after")

@@ -18,8 +18,10 @@ import yaml
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from . import data
-from .recipes import RECIPES, RULES, VALIDATION_IMAGES
+from .iterative import INPUTS
+from .recipes import BRIDGES, MAPS, RECIPES, RULES, VALIDATION_IMAGES
 from .schemas import FormatError, Name, Seed, Sha256, Strict, validate
+from .targets import TARGETS
 
 #: ``laptop``: minutes to an hour on one core, three seeds. ``full``: on a GPU.
 SCALES = ("laptop", "full")
@@ -27,6 +29,12 @@ SCALES = ("laptop", "full")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Encoder = Literal["none", "gaussian", "cnn_g", "cnn_b"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _distinct(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{values} holds a value twice")
+    return values
 
 
 # --- options of the recipes ----------------------------------------------------------------------
@@ -66,6 +74,34 @@ class TrainingOptions(MinibatchOptions):
     num_samples: PositiveInt
     proposal_epochs: PositiveInt
     evaluation_dtype: Dtype
+
+    # What a study need not name; without it the run is as it was before there was the option,
+    # and null is no value of it.
+    #: Draws the test images; without it they are the first.
+    image_seed: Seed = None
+    #: Of the drawn images, those for annealing with carried momentum, and their other setting.
+    hais_images: Annotated[int, Field(ge=2, le=10_000)] = None
+    persistence: Annotated[float, Field(gt=0, lt=1)] = None
+    #: Those that Gaussians of full covariance are fitted to, and importance samples of each.
+    full_covariance_images: Annotated[int, Field(ge=2, le=10_000)] = None
+    full_covariance_samples: PositiveInt = None
+    #: Samples of the bound on all test images that serves as control variate.
+    control_samples: PositiveInt = None
+
+    @model_validator(mode="after")
+    def _parts_of_the_evaluation_fit_together(self) -> Self:
+        for pair in (
+            ("hais_images", "persistence"),
+            ("full_covariance_images", "full_covariance_samples"),
+        ):
+            if len({getattr(self, name) is None for name in pair}) > 1:
+                raise ValueError(f"{pair[0]} and {pair[1]} go together; give both or neither")
+        if self.hais_images is not None and self.num_leapfrog != 1:
+            raise ValueError(
+                f"hais_images asks for one leapfrog step a temperature; num_leapfrog = "
+                f"{self.num_leapfrog}"
+            )
+        return self
 
 
 class _MethodOptions(MinibatchOptions):
@@ -146,6 +182,10 @@ class DistillationOptions(_MethodOptions):
                 raise ValueError(
                     f"{name} = {getattr(self, name)} is more than images = {self.images}"
                 )
+        if self.held_out == "validation" and self.images > VALIDATION_IMAGES:
+            raise ValueError(
+                f"images = {self.images} is more than the {VALIDATION_IMAGES} validation images"
+            )
         held_back = 60_000 - VALIDATION_IMAGES
         if self.held_out == "validation" and self.training_images > held_back:
             raise ValueError(
@@ -201,6 +241,74 @@ class TeacherOptions(Strict):
         return self
 
 
+class PathOptions(Strict):
+    """Options of :func:`amortised.recipes.build_path`."""
+
+    path: Literal["hvae", "importance", *MAPS, *BRIDGES]
+    num_steps: NonNegativeInt
+    step_size: Annotated[float, Field(gt=0, lt=0.5)]
+    varied: bool
+    tempering: Literal["none", "free", "paper", "mnist_code"]
+    acceptance: Literal["always", "barker", "metropolis"]
+    kept_momentum: Annotated[float, Field(ge=0, lt=1)]
+    """What a refresh keeps of the momentum."""
+    num_path_samples: PositiveInt
+    """Paths of an image in an update."""
+    learning_rate: Positive
+    num_samples: Annotated[int, Field(ge=2)]
+    """Paths of an image in the evaluation."""
+
+    @model_validator(mode="after")
+    def _parts_belong_to_the_path(self) -> Self:
+        fits = {
+            "tempering": self.tempering == "none" or self.path == "hvae",
+            "acceptance": self.acceptance == "always" or self.path in MAPS,
+            "kept_momentum": self.kept_momentum == 0 or self.path in ("uha", "mcd"),
+            "num_steps": self.num_steps > 0 or self.path not in BRIDGES,
+        }
+        for name in (name for name, fit in fits.items() if not fit):
+            raise ValueError(
+                f"{name} = {getattr(self, name)!r} does not go with path = {self.path!r}: "
+                "tempering belongs to hvae, acceptance to maps, kept_momentum to uha and mcd, and "
+                "a bridge needs steps"
+            )
+        return self
+
+
+class PathVaeOptions(PathOptions, MinibatchOptions):
+    """Options of :func:`amortised.recipes.path_training` and its evaluation."""
+
+    encoder: Literal["gaussian", "gaussian_wide"]
+    training_images: Annotated[int, Field(ge=1, le=60_000)]
+    epochs: PositiveInt
+    batch_size: Annotated[int, Field(ge=1, le=60_000)]
+    held_out: Literal["test", "validation"]
+    images: Annotated[int, Field(ge=2, le=10_000)]
+    image_seed: Seed
+    num_chains: PositiveInt
+    pilot_chains: PositiveInt
+    num_temperatures: PositiveInt
+    num_leapfrog: PositiveInt
+    persistence: Annotated[float, Field(ge=0, lt=1)]
+    simulated_pairs: Annotated[int, Field(ge=2)]
+
+
+class TargetOptions(PathOptions):
+    """Options of :func:`amortised.recipes.evaluate_target`."""
+
+    target: Literal[*TARGETS, "digits", "inpainting"]
+    start: str = Field(pattern=r"^\w+/\w+-\w+-seed\d+$")
+    """Weights of the decoder of the last two targets."""
+    start_sha256: Sha256
+    image_seed: Seed
+    starts: Annotated[int, Field(ge=2)]
+    """Starts, for the last two targets digits, each with a Gaussian of its own."""
+    spread: Annotated[float, Field(ge=0)]
+    """Standard deviation of their means at the start."""
+    num_updates: PositiveInt
+    num_temperatures: PositiveInt
+
+
 class ImputationOptions(Strict):
     """Options of :func:`amortised.recipes.evaluate_imputation`."""
 
@@ -216,23 +324,64 @@ class ImputationOptions(Strict):
     reference_steps: PositiveInt
 
 
+class IterativeOptions(Strict):
+    """Options of :func:`amortised.recipes.iterative_training` and its evaluation."""
+
+    dataset: Literal["mnist", "cifar10", "20news", "rcv1"]
+    method: Literal["standard", "iterative", "ladder"]
+    inputs: Annotated[list[Literal[INPUTS]], AfterValidator(_distinct)]
+    """What an iterative encoder reads; empty for the other methods, which read x."""
+    latent_dims: Annotated[list[PositiveInt], Field(min_length=1)]
+    """Dimensions of the levels, lowest first."""
+    num_hidden: PositiveInt
+    num_layers: PositiveInt
+    num_iterations: PositiveInt
+    """Of an iterative encoder; the other methods take one."""
+    num_student_samples: PositiveInt
+    """Draws of the posterior for each bound in training."""
+    training_images: PositiveInt
+    """Examples, whatever they are; so for ``images``."""
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: Positive
+    images: Annotated[int, Field(ge=2)]
+    """Random test examples, the same in every run; the following are settings of the evaluation."""
+    image_seed: Seed
+    num_samples: PositiveInt
+    svi_images: Annotated[int, Field(ge=2)]
+    svi_steps: Annotated[int, Field(ge=0)]
+    posthoc_epochs: Annotated[int, Field(ge=0)]
+    """Training of a standard and of an iterative encoder on the finished model."""
+    posthoc_inputs: Annotated[list[Literal[INPUTS]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        if (self.method == "iterative") != bool(self.inputs):
+            raise ValueError(
+                f"inputs = {self.inputs} with method = {self.method!r}: an iterative encoder needs "
+                "some; give the others an empty list"
+            )
+        if self.dataset in ("20news", "rcv1") and "errors" in self.inputs:
+            raise ValueError(f"inputs of {self.dataset}: there are no errors of counts; leave them")
+        if self.batch_size > self.training_images:
+            raise ValueError(f"batch_size = {self.batch_size} is more than training_images")
+        return self
+
+
 #: The options of each recipe of :data:`amortised.recipes.RECIPES`.
 OPTIONS = {
     "amc": AmcOptions,
     "distillation": DistillationOptions,
     "vae": VaeOptions,
     "teacher": TeacherOptions,
+    "path": PathVaeOptions,
+    "target": TargetOptions,
     "imputation": ImputationOptions,
+    "iterative": IterativeOptions,
 }
 
 
 # --- the file ------------------------------------------------------------------------------------
-
-
-def _distinct(values: list) -> list:
-    if len(set(values)) < len(values):
-        raise ValueError(f"{values} holds a value twice")
-    return values
 
 
 Scale = Literal["laptop", "full"]

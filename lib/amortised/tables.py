@@ -5,7 +5,9 @@ is the standard error over test images, for the networks that were trained: othe
 kind would change the mean by about this much. The *seed error* is the standard error over
 trainings, from the spread of the seeds' means: training again would change it by about that much.
 A claim about two networks needs the first; a claim about two methods needs the second, and a single
-seed has none. Cells print ``mean ± image error (seeds ± seed error)``.
+seed has none. A standard error from a few seeds is itself uncertain, so that two of them on either
+side are no 95 % interval: Student's t asks for 4.30 with three seeds. Cells print
+``mean ± image error (95 % over seeds ± half width of the t-interval)``.
 
 A cell without a run names the command that makes it. Nothing here computes anything new: all values
 are those of ``data/results``.
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from .data import data_folder
@@ -50,16 +53,30 @@ class Pooled(NamedTuple):
     num_images: int
     num_seeds: int
 
+    @property
+    def half_width(self) -> float | None:
+        r"""Half of the 95 % t-interval over S seeds; None for a single seed.
+
+        .. math:: t_{0.975,\, S - 1} \cdot \text{seed error}
+
+        >>> round(Pooled(-95.1, 2.25, 0.3, 100, 3).half_width, 3)
+        1.291
+        """
+        if self.seed_se is None:
+            return None
+        return float(stdtrit(self.num_seeds - 1, 0.975)) * self.seed_se
+
     def text(self, decimals: int = 2, with_seeds: bool = True) -> str:
         """As the tables print it.
 
         >>> Pooled(-95.1, 2.25, 0.3, 100, 3).text(), Pooled(-95.1, 2.25, None, 100, 1).text(1)
-        ('-95.10 ± 2.25 (seeds ± 0.30)', '-95.1 ± 2.2 (one seed)')
+        ('-95.10 ± 2.25 (95 % over seeds ± 1.29)', '-95.1 ± 2.2 (one seed)')
         """
         text = format_estimate(self.mean, self.image_se, decimals)
         if not with_seeds:
             return text
-        seeds = "one seed" if self.seed_se is None else f"seeds ± {self.seed_se:.{decimals}f}"
+        width = self.half_width
+        seeds = "one seed" if width is None else f"95 % over seeds ± {width:.{decimals}f}"
         return f"{text} ({seeds})"
 
 

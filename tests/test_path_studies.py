@@ -1,0 +1,116 @@
+"""Studies of chains inside the bound: every row for a few updates, and what is compared."""
+
+import pytest
+import torch
+
+from amortised import experiments, recipes, results, targets
+from amortised.studies import PathVaeOptions, load_studies
+
+STUDIES = load_studies()
+BOUNDS = {e.row: e for e in STUDIES["chain_bounds"] if (e.seed, e.scale) == (0, "laptop")}
+TARGETS = {e.row: e for e in STUDIES["chain_targets"] if (e.seed, e.scale) == (0, "laptop")}
+SMALL = {"training_images": 20, "epochs": 1, "batch_size": 10, "images": 3, "num_samples": 4}
+SMALL |= {"num_chains": 2, "pilot_chains": 1, "num_temperatures": 3, "simulated_pairs": 2}
+
+
+def test_rows_share_everything_but_their_path():
+    own = {
+        "path",
+        "num_steps",
+        "tempering",
+        "acceptance",
+        "kept_momentum",
+        "varied",
+        "encoder",
+        "epochs",
+    }
+    shared = [{k: v for k, v in e.config.items() if k not in own} for e in BOUNDS.values()]
+    assert all(config == shared[0] for config in shared) and len(BOUNDS) == 26
+    assert len({e.seed for e in STUDIES["chain_bounds"]}) == 3
+
+
+@pytest.mark.parametrize("row", BOUNDS)
+def test_a_row_learns(row):
+    torch.manual_seed(0)
+    training = recipes.path_training(BOUNDS[row].config)
+    before = {k: v.clone() for k, v in training.networks["path"].state_dict().items()}
+    x = torch.bernoulli(torch.full((4, 784), 0.2))
+    losses = training.step(x, torch.arange(4))
+    assert losses["loss"].isfinite() and ("acceptance" in losses) == row.startswith(("met", "ann"))
+    after = training.networks["path"].state_dict()
+    moved = [not torch.equal(before[k], after[k]) for k in before]
+    assert bool(moved) == (training.details["path_parameters"] > 0)
+    assert not moved or sum(moved) >= len(moved) // 3  # last layers start at zero
+
+
+def test_the_wide_encoder_has_the_parameters_of_the_flow():
+    torch.manual_seed(0)
+    rows = ("vae", "wide_encoder", "always_realnvp_5")
+    counts = [
+        sum(p.numel() for n in training.networks.values() for p in n.parameters())
+        for training in (recipes.path_training(BOUNDS[row].config) for row in rows)
+    ]
+    flow, wide = counts[2] - counts[0], counts[1] - counts[0]
+    assert wide == pytest.approx(flow, rel=0.02)
+
+
+@pytest.mark.usefixtures("mnist_is_read_once")
+@pytest.mark.parametrize("row", ["vae", "hvae_free", "annealed_3"])
+def test_a_row_is_trained_and_evaluated(row, tmp_path):
+    experiment = BOUNDS[row]._replace(config=BOUNDS[row].config | SMALL)
+    assert experiments.run_experiment(experiment, root=tmp_path).word == "done"
+    path = results.result_path(tmp_path / "data/results", *experiment[:4])
+    found = results.load_result(path)
+    values = found.per_image
+    assert (values["path_ll"] >= values["bound"]).all() and values["bound"].shape == (3,)
+    assert values["hais_ll"].isfinite().all() and values["simulated_gap"].shape == (2,)
+    assert ("acceptance" in values) == ("score_share" in found.record["details"])
+    assert ("acceptance" in values) == (row == "annealed_3")
+
+
+ONE_OF_EACH = ["ring_importance_5", "ring_mcd_16", "eight_gaussians_realnvp_5", "funnel_mean_field",
+               "digits_uha_5", "inpainting_hvae_free_5"]  # fmt: skip
+
+
+@pytest.mark.usefixtures("mnist_is_read_once")
+@pytest.mark.parametrize("row", ONE_OF_EACH)
+def test_a_path_is_fitted_to_a_target(row, tmp_path):
+    small = {"num_updates": 2, "num_samples": 20, "starts": 2, "num_temperatures": 5}
+    experiment = TARGETS[row]._replace(config=TARGETS[row].config | small)
+    assert experiments.run_experiment(experiment, root=tmp_path).word == "done"
+    path = results.result_path(tmp_path / "data/results", *experiment[:4])
+    values = results.load_result(path).per_image
+    assert values["gap"].shape == (2,) and values["gap"].isfinite().all()
+    assert (values["importance_weighted_gap"] <= values["gap"] + 1e-4).all()
+    assert ("coverage" in values) == row.startswith(("ring", "eight"))
+
+
+def test_options_that_do_not_go_together_are_refused():
+    for change in ({"tempering": "free"}, {"acceptance": "barker"}, {"kept_momentum": 0.5}):
+        config = BOUNDS["langevin_5"].config | change
+        with pytest.raises(ValueError, match=f"{next(iter(change))} = .* does not go with path"):
+            PathVaeOptions.model_validate(config)
+
+
+def test_normalisers_of_the_targets():
+    axis = torch.linspace(-8, 8, 801).double()
+    plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
+    for name, known in (("eight_gaussians", 0.0), ("ring", -3.132843)):
+        model, x = targets.TARGETS[name](), torch.full((1, 1), 25.132741228718345).double()
+        with torch.no_grad():
+            log_joint = model.log_joint(x, plane).reshape(plane.shape[:-1])
+            found = log_joint.logsumexp((0, 1)) + 2 * (axis[1] - axis[0]).log()
+            assert found.item() == pytest.approx(known, abs=1e-4)
+            assert model.log_evidence(x).item() == pytest.approx(known, abs=1e-4)
+    z = 3 * torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    neck = torch.stack([z, torch.zeros_like(z)], -1)
+    log_p = targets.funnel().log_joint(None, neck)  # the second integrates to 1 for each first
+    width = (0.5 * z).exp() * (2 * torch.pi) ** 0.5
+    weight = log_p.exp() * width / torch.distributions.Normal(0.0, 3.0).log_prob(z).exp()
+    assert weight.mean().item() == pytest.approx(1.0, abs=0.01)
+
+
+def test_coverage_counts_directions():
+    centres = targets.mode_centres(8)
+    z = torch.cat([centres[:3].repeat(4, 1), centres[5:6]])[:, None]
+    assert targets.circular_coverage(z, 8).item() == 0.5  # 4, 4, 4 and 1 of 13 points
