@@ -32,6 +32,10 @@ WORK = {
 }
 
 
+#: The recipes whose stages the model knows; of the runs of others the time alone is printed.
+MODELLED = ("amc", "vae", "teacher")
+
+
 class Timed(NamedTuple):
     """A run with its seconds by stage."""
 
@@ -73,7 +77,7 @@ def timed_runs(studies: Mapping, root: Path | None) -> list[Timed]:
     runs = []
     for experiment in experiments.select(studies):
         state = experiments.state_of(experiment, root)
-        if state.word != "done" or experiment.recipe in ("path", "target"):  # of other stages
+        if state.word != "done":
             continue
         facts, details = state.record["provenance"], state.record["details"]
         seconds = dict(details.get("seconds", {}))
@@ -94,9 +98,8 @@ def timed_runs(studies: Mapping, root: Path | None) -> list[Timed]:
 def fit(runs: list[Timed]) -> dict[str, float] | None:
     """Seconds for one unit of each kind of work; ``None`` where there are too few runs."""
     rows, seconds = [], []
+    runs = [run for run in runs if run.experiment.recipe in MODELLED]
     for run in runs:
-        if "annealing" not in run.seconds:
-            continue
         for stage, work in work_of(run.experiment.config).items():
             rows.append([work.get(kind, 0.0) for kind in WORK])
             seconds.append(run.seconds.get(stage, 0.0))
@@ -127,7 +130,7 @@ def _print_rows(runs: list[Timed], per_unit: Mapping[str, dict | None]) -> None:
         groups[*run.experiment[:3], run.device].append(run)
     for (study, row, scale, device), members in groups.items():
         model, minutes = None, [run.total / 60 for run in members]
-        if per_unit[device] and "annealing" in members[0].seconds:
+        if per_unit[device] and members[0].experiment.recipe in MODELLED:
             model = predicted(members[0].experiment.config, per_unit[device])
         shown = "–" if model is None else f"{model / 60:.1f}"
         print(
@@ -141,7 +144,7 @@ def _print_model(runs: list[Timed], per_unit: Mapping[str, float], device: str) 
     print("| unit of work | microseconds | share of all time |\n|:--|--:|--:|")
     done = defaultdict(float)
     for run in runs:
-        if "annealing" in run.seconds:
+        if run.experiment.recipe in MODELLED:
             for work in work_of(run.experiment.config).values():
                 for kind, amount in work.items():
                     done[kind] += amount * per_unit.get(kind, 0.0)
