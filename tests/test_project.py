@@ -254,7 +254,7 @@ WRONG = {
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
 def test_a_wrong_value_is_one_line_that_names_it_and_the_choices(arguments):
-    command = ["make", "-o", "environment", *arguments]
+    command = ["make", "--no-print-directory", "-o", "environment", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = (done.stdout + done.stderr).splitlines()
     assert done.returncode == 2 and len(lines) <= 2
