@@ -1181,7 +1181,8 @@ def wake(encoder, x, num_particles):
 
 
 def wake_free(encoder, num_particles):
-    x = x_free.repeat_interleave(max(1, batch_size // 60), 0).expand(num_seeds, -1, 1)
+    copies = max(1, batch_size // 60)
+    x = x_free.repeat_interleave(copies, 0).expand(num_seeds, -1, 1)
     return wake(encoder, x, num_particles)
 
 
