@@ -29,6 +29,9 @@ SCALES = ("laptop", "full")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Encoder = Literal["none", "gaussian", "cnn_g", "cnn_b"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+RuleName = Literal[("none", *RULES)]
+PathName = Literal[("hvae", "importance", *MAPS, *BRIDGES)]
+TargetName = Literal[(*TARGETS, "digits", "inpainting")]
 
 
 def _distinct(values: list) -> list:
@@ -111,7 +114,7 @@ class _MethodOptions(MinibatchOptions):
     method: Literal["vae", "mcmc_vi", "amc", "avb", "persistent", "short_run"]
     encoder: Encoder
     kernel: Literal["none", "langevin", "mala", "hmc"]
-    rule: Literal["none", *RULES]
+    rule: RuleName
     num_steps: Annotated[int, Field(ge=0)]
     step_size: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     num_leapfrog_steps: PositiveInt
@@ -244,7 +247,7 @@ class TeacherOptions(Strict):
 class PathOptions(Strict):
     """Options of :func:`amortised.recipes.build_path`."""
 
-    path: Literal["hvae", "importance", *MAPS, *BRIDGES]
+    path: PathName
     num_steps: NonNegativeInt
     step_size: Annotated[float, Field(gt=0, lt=0.5)]
     varied: bool
@@ -296,7 +299,7 @@ class PathVaeOptions(PathOptions, MinibatchOptions):
 class TargetOptions(PathOptions):
     """Options of :func:`amortised.recipes.evaluate_target`."""
 
-    target: Literal[*TARGETS, "digits", "inpainting"]
+    target: TargetName
     start: str = Field(pattern=r"^\w+/\w+-\w+-seed\d+$")
     """Weights of the decoder of the last two targets."""
     start_sha256: Sha256
