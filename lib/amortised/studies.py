@@ -40,6 +40,9 @@ def _distinct(values: list) -> list:
     return values
 
 
+InputNames = Annotated[list[Literal[INPUTS]], AfterValidator(_distinct)]
+
+
 # --- options of the recipes ----------------------------------------------------------------------
 
 
@@ -332,7 +335,7 @@ class IterativeOptions(Strict):
 
     dataset: Literal["mnist", "cifar10", "20news", "rcv1"]
     method: Literal["standard", "iterative", "ladder"]
-    inputs: Annotated[list[Literal[INPUTS]], AfterValidator(_distinct)]
+    inputs: InputNames
     """What an iterative encoder reads; empty for the other methods, which read x."""
     latent_dims: Annotated[list[PositiveInt], Field(min_length=1)]
     """Dimensions of the levels, lowest first."""
