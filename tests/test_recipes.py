@@ -148,59 +148,6 @@ def test_a_row_is_trained_and_evaluated(made, kind):
         assert torch.equal(per_image["posthoc_is_ll"], per_image["is_ll"])
 
 
-FULL_EVALUATION = {"image_seed": 7, "hais_images": 2, "persistence": 0.8, "control_samples": 2}
-FULL_EVALUATION |= {"full_covariance_images": 4, "full_covariance_samples": 6}
-
-
-def test_a_full_evaluation_of_random_images(made):
-    """Each value is, to the bit, that of the estimator at the options, for the images drawn."""
-    experiment = VAE._replace(config=VAE.config | FULL_EVALUATION)
-    folder, record = made(experiment)
-    values = values_of(folder)
-    assert values.keys() == {
-        *(f"{name}_ll" for name in ("is", "posthoc_is", "full_is", "hais")),
-        *(f"{name}_ess" for name in ("is", "posthoc_is", "full_is", "hais")),
-        *ON_PAIRS, "hais_acceptance_rate", "control_bound",
-    }  # fmt: skip
-    assert record["details"]["seconds"].keys() == {
-        "training", "importance sampling", "full covariance", "annealing", "bounds", "control"
-    }  # fmt: skip
-    test = data.load_mnist_binary("test").images
-    order = torch.randperm(10_000, generator=torch.Generator().manual_seed(7))
-    networks = ("decoder", "encoder")
-    decoder, encoder = (
-        evaluation.load_module(folder / f"{n}.safetensors").to(memory_format=torch.channels_last)
-        for n in networks
-    )
-    settings = {"num_chains": 2, "pilot_chains": 1, "num_temperatures": 2, "num_leapfrog": 1}
-    annealed = evaluation.hais_ll(decoder, test[order[:2]], persistence=0.8, **settings)
-    assert torch.equal(annealed.log_likelihood.float(), values["hais_ll"])
-    bounds = evaluation.bdmc_ll(decoder, 2, persistence=0.8, **settings)
-    assert torch.equal(bounds.upper.float(), values["simulated_upper_bound"])
-    sampling = partial(evaluation.importance_sampling_ll, decoder)
-    own = sampling(encoder, test[order[:3]], num_samples=4)
-    assert torch.equal(own.log_likelihood.float(), values["is_ll"])
-    likelihood = partial(log_likelihood_and_grad, decoder)
-    fitted = evaluation.fit_full_covariance(decoder, test[order[:4]])
-    full = sampling(fitted, test[order[:4]], num_samples=6, likelihood=likelihood)
-    assert torch.allclose(full.log_likelihood.float(), values["full_is_ll"], atol=1e-3)
-    assert values["control_bound"].shape == (10_000,) and values["control_bound"].isfinite().all()
-
-
-def test_options_that_a_study_does_not_name_stay_out_of_its_runs():
-    options = OPTIONS["amc"].model_validate(VAE.config)
-    assert all(getattr(options, name) is None for name in FULL_EVALUATION)
-    assert not FULL_EVALUATION.keys() & VAE.config.keys()
-    for changes, match in (
-        ({"persistence": 0.9}, "hais_images and persistence go together"),
-        ({"full_covariance_images": 9}, "full_covariance_images and full_covariance_samples go"),
-        ({"hais_images": 9, "persistence": 0.9, "num_leapfrog": 5}, "one leapfrog step a temp"),
-        ({"image_seed": None}, "image_seed"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            OPTIONS["amc"].model_validate(VAE.config | changes)
-
-
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("imputation")])
 def test_an_imputation_is_scored(made, kind):
     folder, record = made(KINDS[kind])
@@ -289,8 +236,13 @@ def test_a_student_is_held_to_its_teacher_and_the_decoder_annealed(made, kind):
     x, seed = recipes._held_out_images(config), DISTILLED[kind].seed
     proposal = evaluation.fit_full_covariance(decoder, x, seed=seed)
     samples = {"num_samples": config["num_samples"], "seed": seed}
+    samples["likelihood"] = partial(log_likelihood_and_grad, decoder)
     estimate = evaluation.importance_sampling_ll(decoder, proposal, x, **samples)
     assert torch.allclose(estimate.log_likelihood.float(), per_image["full_is_ll"], atol=1e-3)
+    names = ("num_chains", "pilot_chains", "num_temperatures", "num_leapfrog", "persistence")
+    settings = {name: config[name] for name in names}
+    annealed = evaluation.hais_ll(decoder, x[:2], seed=seed, **settings)
+    assert torch.allclose(annealed.log_likelihood.float(), per_image["hais_ll"], atol=1e-3)
 
 
 def test_implicit_students_start_at_the_scale_of_the_prior():

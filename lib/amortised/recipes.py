@@ -353,24 +353,12 @@ def evaluate_distillation(run: Run) -> Outcome:
     x = _held_out_images(config).to(run.device)
     per_image, seconds = {}, {}
     if config["hais_images"]:
-        annealing, few = _annealing(config, seed), x[: config["hais_images"]]
-        hais = evaluation.hais_ll(decoder, few, **annealing, work=work.stage("annealing"))
-        bounds = evaluation.bdmc_ll(
-            decoder, config["simulated_pairs"], **annealing, work=work.stage("bounds")
-        )
-        per_image |= {
-            "hais_ll": hais.log_likelihood,
-            "hais_ess": hais.ess,
-            "hais_acceptance_rate": hais.acceptance_rate,
-            "simulated_lower_bound": bounds.lower,
-            "simulated_upper_bound": bounds.upper,
-            "simulated_gap": bounds.gap,
-        }
-        seconds |= {"annealing": hais.seconds, "bounds": bounds.seconds}
-    proposal = evaluation.fit_full_covariance(decoder, x, seed=seed, work=work.stage("gaussians"))
-    samples = {"num_samples": config["num_samples"], "seed": seed}
+        per_image, seconds = _annealed(run, decoder, x[: config["hais_images"]])
+    settings = {"seed": seed, "likelihood": partial(log_likelihood_and_grad, decoder)}
+    proposal = evaluation.fit_full_covariance(decoder, x, **settings, work=work.stage("gaussians"))
+    settings |= {"num_samples": config["num_samples"]}
     found = evaluation.importance_sampling_ll(
-        decoder, proposal, x, **samples, work=work.stage("importance")
+        decoder, proposal, x, **settings, work=work.stage("importance")
     )
     per_image |= {"full_is_ll": found.log_likelihood, "full_is_ess": found.ess}
     seconds["importance sampling"] = proposal.seconds + found.seconds
@@ -485,93 +473,55 @@ def evaluate_decoder(run: Run) -> Outcome:
     """Estimates of the evidence of the fixed binary test images, with bounds on simulated pairs.
 
     Importance sampling from the row's own encoder, where it has a density, and from a Gaussian that
-    is fitted after training; annealing from the prior; and bounds from both sides on simulated
-    pairs, at the same settings. Momenta are fresh at each temperature, and the values called
-    ``ais``; where ``hais_images`` says for how many images, they are carried, and it is ``hais``.
-
-    Where the options ask for them: ``full_is``, importance sampling from Gaussians of full
-    covariance fitted to each of ``full_covariance_images``; and ``control_bound``, a bound on all
-    test images from the Gaussian fitted after training, which predicts the other values
-    (:func:`amortised.evaluation.regression_mean`). Each uses the first images of
-    :func:`amortised.data.drawn_images`.
+    is fitted after training; annealing from the prior with fresh momentum at each temperature; and
+    bounds from both sides on simulated pairs, at the same settings.
     """
     config, work, seed = run.config, run.work, run.seed
     decoder = _on_device(run.network("decoder"), run.device)
     encoder = run.network("encoder")
-    test = data.load_mnist_binary("test").images.to(run.device)
-    drawn = test[data.drawn_images(len(test), config.get("image_seed"))]
-    x = drawn[: config["images"]]
-    proposal = _fitted_proposal(run, decoder)
-    sampling = partial(evaluation.importance_sampling_ll, decoder, seed=seed)
-    samples = {"num_samples": config["num_samples"]}
-    found = {"posthoc_is": sampling(proposal, x, **samples, work=work.stage("posthoc_importance"))}
-    found["is"] = found["posthoc_is"]
-    seconds = {"importance sampling": found["is"].seconds}
+    x = data.load_mnist_binary("test").images[: config["images"]].to(run.device)
+    with seeded(seed, run.device):
+        proposal = _network("gaussian", run.device)
+    train = data.load_mnist("train").images[: config["training_images"]].to(run.device)
+    passes = {"epochs": config["proposal_epochs"], "batch_size": config["batch_size"], "seed": seed}
+    evaluation.fit_gaussian_proposal(
+        decoder, train, encoder=proposal, work=work.stage("proposal"), **passes
+    )
+    sampling = partial(
+        evaluation.importance_sampling_ll, decoder, num_samples=config["num_samples"], seed=seed
+    )
+    fitted = own = sampling(proposal, x, work=work.stage("posthoc_importance"))
+    seconds = {"importance sampling": fitted.seconds}
     if isinstance(encoder, GaussianEncoder):
-        encoder = _on_device(encoder, run.device)
-        found["is"] = sampling(encoder, x, **samples, work=work.stage("importance"))
-        seconds["importance sampling"] += found["is"].seconds
-    if "full_covariance_images" in config:
-        found["full_is"], seconds["full covariance"] = _full_covariance(run, decoder, drawn)
-    name = "hais" if "hais_images" in config else "ais"
-    found[name], bounds = _annealed(run, decoder, drawn)
-    seconds |= {"annealing": found[name].seconds, "bounds": bounds.seconds}
-    per_image = {f"{kind}_ll": estimate.log_likelihood for kind, estimate in found.items()}
-    per_image |= {f"{kind}_ess": estimate.ess for kind, estimate in found.items()}
-    per_image |= {
-        f"{name}_acceptance_rate": found[name].acceptance_rate,
+        own = sampling(_on_device(encoder, run.device), x, work=work.stage("importance"))
+        seconds["importance sampling"] += own.seconds
+    per_image, annealing_seconds = _annealed(run, decoder, x, "ais")
+    for name, estimate in (("is", own), ("posthoc_is", fitted)):
+        per_image |= {f"{name}_ll": estimate.log_likelihood, f"{name}_ess": estimate.ess}
+    return Outcome(per_image, seconds | annealing_seconds, {})
+
+
+def _annealed(
+    run: Run, decoder: nn.Module, x: Tensor, name: str = "hais"
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Annealing of images from the prior, and bounds on simulated pairs at the same settings."""
+    config, work = run.config, run.work
+    settings = _annealing(config, run.seed)
+    dtype = DTYPES[config.get("evaluation_dtype", "float32")]
+    if dtype is not None:
+        settings["likelihood"] = partial(log_likelihood_and_grad, decoder, dtype=dtype)
+    found = evaluation.hais_ll(decoder, x, **settings, work=work.stage("annealing"))
+    pairs = config["simulated_pairs"]
+    bounds = evaluation.bdmc_ll(decoder, pairs, **settings, work=work.stage("bounds"))
+    per_image = {
+        f"{name}_ll": found.log_likelihood,
+        f"{name}_ess": found.ess,
+        f"{name}_acceptance_rate": found.acceptance_rate,
         "simulated_lower_bound": bounds.lower,
         "simulated_upper_bound": bounds.upper,
         "simulated_gap": bounds.gap,
     }
-    if "control_samples" in config:
-        samples = {"num_samples": config["control_samples"]}
-        samples["likelihood"] = partial(log_likelihood_and_grad, decoder)
-        control = sampling(proposal, test, **samples, work=work.stage("control"))
-        per_image["control_bound"], seconds["control"] = control.log_likelihood, control.seconds
-    return Outcome(per_image, seconds, {})
-
-
-def _fitted_proposal(run: Run, decoder: nn.Module) -> nn.Module:
-    """A Gaussian encoder fitted to the finished decoder, on training images."""
-    config = run.config
-    with seeded(run.seed, run.device):
-        proposal = _network("gaussian", run.device)
-    train = data.load_mnist("train").images[: config["training_images"]].to(run.device)
-    passes = {"epochs": config["proposal_epochs"], "batch_size": config["batch_size"]}
-    passes |= {"seed": run.seed, "work": run.work.stage("proposal")}
-    return evaluation.fit_gaussian_proposal(decoder, train, encoder=proposal, **passes)
-
-
-def _full_covariance(
-    run: Run, decoder: nn.Module, drawn: Tensor
-) -> tuple[evaluation.LikelihoodEstimate, float]:
-    """Importance sampling from Gaussians of full covariance, and the seconds of both parts."""
-    x = drawn[: run.config["full_covariance_images"]]
-    settings = {"seed": run.seed, "likelihood": partial(log_likelihood_and_grad, decoder)}
-    fitted = evaluation.fit_full_covariance(
-        decoder, x, **settings, work=run.work.stage("full_covariance")
-    )
-    settings |= {"num_samples": run.config["full_covariance_samples"]}
-    estimate = evaluation.importance_sampling_ll(
-        decoder, fitted, x, **settings, work=run.work.stage("full_covariance_importance")
-    )
-    return estimate, fitted.seconds + estimate.seconds
-
-
-def _annealed(
-    run: Run, decoder: nn.Module, drawn: Tensor
-) -> tuple[evaluation.LikelihoodEstimate, evaluation.BDMCEstimate]:
-    """Annealing of test images, and bounds on simulated pairs at the same settings."""
-    config, work = run.config, run.work
-    annealing = _annealing(config, run.seed)
-    dtype = DTYPES[config["evaluation_dtype"]]
-    if dtype is not None:
-        annealing["likelihood"] = partial(log_likelihood_and_grad, decoder, dtype=dtype)
-    x = drawn[: config.get("hais_images", config["images"])]
-    annealed = evaluation.hais_ll(decoder, x, **annealing, work=work.stage("annealing"))
-    pairs = config["simulated_pairs"]
-    return annealed, evaluation.bdmc_ll(decoder, pairs, **annealing, work=work.stage("bounds"))
+    return per_image, {"annealing": found.seconds, "bounds": bounds.seconds}
 
 
 def _annealing(config: Mapping[str, object], seed: int) -> dict[str, object]:
@@ -623,28 +573,19 @@ def evaluate_teacher(run: Run) -> Outcome:
     The acceptance is that of the row's chain on the trained decoder from the trained encoder,
     where the kernel has a Metropolis test.
     """
-    config, seed = run.config, run.seed
+    config = run.config
     decoder = _on_device(run.network("decoder"), run.device)
     start = evaluation.load_module(_start(config)["decoder"]).half().float()  # as runs keep theirs
     start = _on_device(start, run.device)
     test = data.load_mnist_binary("test").images
     x = test[data.drawn_images(config["images"], config["image_seed"])].to(run.device)
-    annealing = _annealing(config, seed)
-    found = evaluation.hais_ll(decoder, x, **annealing, work=run.work.stage("annealing"))
-    before = evaluation.hais_ll(start, x, **annealing, work=run.work.stage("start_annealing"))
-    bounds = evaluation.bdmc_ll(
-        decoder, config["simulated_pairs"], **annealing, work=run.work.stage("bounds")
+    per_image, seconds = _annealed(run, decoder, x)
+    before = evaluation.hais_ll(
+        start, x, **_annealing(config, run.seed), work=run.work.stage("start_annealing")
     )
-    per_image = {
-        "hais_ll": found.log_likelihood,
-        "hais_ess": found.ess,
-        "hais_acceptance_rate": found.acceptance_rate,
-        "start_hais_ll": before.log_likelihood,
-        "hais_ll_change": found.log_likelihood - before.log_likelihood,
-        "simulated_lower_bound": bounds.lower,
-        "simulated_upper_bound": bounds.upper,
-        "simulated_gap": bounds.gap,
-    }
+    per_image["start_hais_ll"] = before.log_likelihood
+    per_image["hais_ll_change"] = per_image["hais_ll"] - before.log_likelihood
+    seconds["annealing"] += before.seconds
     if config["kernel"] == "mala":
         encoder = _on_device(run.network("encoder"), run.device)
         chain = amc.teacher_chain(
@@ -656,7 +597,6 @@ def evaluate_teacher(run: Run) -> Outcome:
             kernel=KERNELS["mala"],
         )
         per_image["teacher_acceptance_rate"] = chain.acceptance_rate.mean(0)
-    seconds = {"annealing": found.seconds + before.seconds, "bounds": bounds.seconds}
     return Outcome(per_image, seconds, {})
 
 
@@ -775,12 +715,9 @@ def evaluate_path(run: Run) -> Outcome:
             rates = [path.acceptance.mean((0, 1)) for path in blocks]
             per_image["acceptance"] = torch.cat(rates).cpu()
         stage.save("values", per_image)
-    seconds, annealing = {"paths": time.monotonic() - started}, _annealing(config, seed)
-    hais = evaluation.hais_ll(decoder, x, **annealing, work=work.stage("annealing"))
-    pairs = config["simulated_pairs"]
-    bounds = evaluation.bdmc_ll(decoder, pairs, **annealing, work=work.stage("bounds"))
-    seconds |= {"annealing": hais.seconds, "bounds": bounds.seconds}
-    per_image = per_image | {"hais_ll": hais.log_likelihood, "simulated_gap": bounds.gap}
+    seconds = {"paths": time.monotonic() - started}
+    annealed, annealing_seconds = _annealed(run, decoder, x)
+    per_image, seconds = per_image | annealed, seconds | annealing_seconds
     share = {}
     if "acceptance" in per_image:
         with seeded(seed, run.device):

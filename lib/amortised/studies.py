@@ -81,33 +81,18 @@ class TrainingOptions(MinibatchOptions):
     proposal_epochs: PositiveInt
     evaluation_dtype: Dtype
 
-    # What a study need not name; without it the run is as it was before there was the option,
-    # and null is no value of it.
-    #: Draws the test images; without it they are the first.
-    image_seed: Seed = None
-    #: Of the drawn images, those for annealing with carried momentum, and their other setting.
-    hais_images: Annotated[int, Field(ge=2, le=10_000)] = None
-    persistence: Annotated[float, Field(gt=0, lt=1)] = None
-    #: Those that Gaussians of full covariance are fitted to, and importance samples of each.
-    full_covariance_images: Annotated[int, Field(ge=2, le=10_000)] = None
-    full_covariance_samples: PositiveInt = None
-    #: Samples of the bound on all test images that serves as control variate.
-    control_samples: PositiveInt = None
 
-    @model_validator(mode="after")
-    def _parts_of_the_evaluation_fit_together(self) -> Self:
-        for pair in (
-            ("hais_images", "persistence"),
-            ("full_covariance_images", "full_covariance_samples"),
-        ):
-            if len({getattr(self, name) is None for name in pair}) > 1:
-                raise ValueError(f"{pair[0]} and {pair[1]} go together; give both or neither")
-        if self.hais_images is not None and self.num_leapfrog != 1:
-            raise ValueError(
-                f"hais_images asks for one leapfrog step a temperature; num_leapfrog = "
-                f"{self.num_leapfrog}"
-            )
-        return self
+class _DrawnImagesOptions(Strict):
+    """Random images, the same in every run, and settings of their annealing."""
+
+    images: Annotated[int, Field(ge=2, le=10_000)]
+    image_seed: Seed
+    num_chains: PositiveInt
+    pilot_chains: PositiveInt
+    num_temperatures: PositiveInt
+    num_leapfrog: PositiveInt
+    persistence: Annotated[float, Field(ge=0, lt=1)]
+    simulated_pairs: Annotated[int, Field(ge=2)]
 
 
 class _MethodOptions(MinibatchOptions):
@@ -154,7 +139,7 @@ class AmcOptions(_MethodOptions, TrainingOptions):
     """Options of :func:`amortised.recipes.amc_training` and its evaluation."""
 
 
-class DistillationOptions(_MethodOptions):
+class DistillationOptions(_MethodOptions, _DrawnImagesOptions):
     """Options of :func:`amortised.recipes.distillation_training` and its evaluation."""
 
     discriminator_learning_rate: Positive
@@ -163,17 +148,9 @@ class DistillationOptions(_MethodOptions):
 
     held_out: Literal["test", "validation"]
     """Which images the evaluation draws from; the following are its settings, too."""
-    images: Annotated[int, Field(ge=2, le=10_000)]
-    image_seed: Seed
     #: Samples of the Gaussian that is fitted to an image.
     num_samples: PositiveInt
     hais_images: NonNegativeInt
-    num_chains: PositiveInt
-    pilot_chains: PositiveInt
-    num_temperatures: PositiveInt
-    num_leapfrog: PositiveInt
-    persistence: Annotated[float, Field(ge=0, lt=1)]
-    simulated_pairs: Annotated[int, Field(ge=2)]
     diagnostic_images: NonNegativeInt
     #: Draws of the student for each image.
     diagnostic_samples: Annotated[int, Field(ge=4)]
@@ -209,7 +186,7 @@ class VaeOptions(TrainingOptions):
     objective: Literal["elbo", "iwae", "dreg"]
 
 
-class TeacherOptions(Strict):
+class TeacherOptions(MinibatchOptions, _DrawnImagesOptions):
     """Options of :func:`amortised.recipes.teacher_training` and its evaluation."""
 
     start: str = Field(pattern=r"^\w+/\w+-\w+-seed\d+$")
@@ -220,19 +197,6 @@ class TeacherOptions(Strict):
     kernel: Literal["none", "langevin", "mala"]
     num_steps: Annotated[int, Field(ge=0)]
     step_size: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    training_images: Annotated[int, Field(ge=1, le=60_000)]
-    epochs: PositiveInt
-    batch_size: Annotated[int, Field(ge=1, le=60_000)]
-    learning_rate: Positive
-    images: Annotated[int, Field(ge=2, le=10_000)]
-    """Random test images, the same in every run; the following are settings of the evaluation."""
-    image_seed: Seed
-    num_chains: PositiveInt
-    pilot_chains: PositiveInt
-    num_temperatures: PositiveInt
-    num_leapfrog: PositiveInt
-    persistence: Annotated[float, Field(ge=0, lt=1)]
-    simulated_pairs: Annotated[int, Field(ge=2)]
 
     @model_validator(mode="after")
     def _a_chain_is_whole(self) -> Self:
@@ -281,22 +245,11 @@ class PathOptions(Strict):
         return self
 
 
-class PathVaeOptions(PathOptions, MinibatchOptions):
+class PathVaeOptions(PathOptions, MinibatchOptions, _DrawnImagesOptions):
     """Options of :func:`amortised.recipes.path_training` and its evaluation."""
 
     encoder: Literal["gaussian", "gaussian_wide"]
-    training_images: Annotated[int, Field(ge=1, le=60_000)]
-    epochs: PositiveInt
-    batch_size: Annotated[int, Field(ge=1, le=60_000)]
     held_out: Literal["test", "validation"]
-    images: Annotated[int, Field(ge=2, le=10_000)]
-    image_seed: Seed
-    num_chains: PositiveInt
-    pilot_chains: PositiveInt
-    num_temperatures: PositiveInt
-    num_leapfrog: PositiveInt
-    persistence: Annotated[float, Field(ge=0, lt=1)]
-    simulated_pairs: Annotated[int, Field(ge=2)]
 
 
 class TargetOptions(PathOptions):
