@@ -1367,7 +1367,8 @@ for r in (0.5, 0.9, -0.9):
 #     sampled = mean_and_se(fisher_gradient(shifted, q, torch.ones(1, 1))[:, 1])
 #     yours = bound_gradient(1.0, m, 0.2, 0.5)
 #     hint = "average the joint's gradient over q; its variance does not matter"
-#     checks.within_error(sampled.mean, yours, sampled.se, label=f"m = {m}", hint=hint)
+#     mean, se = sampled.mean, sampled.se
+#     checks.within_error(mean, yours, se, label=f"m = {m}", hint=hint)
 # ~~~
 # ```
 #
@@ -1392,7 +1393,8 @@ for m, width in ((0.3, 0.7), (0.64, 0.1)):
     sampled = mean_and_se(fisher_gradient(shifted, q, torch.ones(1, 1))[:, 1])
     yours = bound_gradient(1.0, m, 0.2, 0.5)
     hint = "average the joint's gradient over q; its variance does not matter"
-    checks.within_error(sampled.mean, yours, sampled.se, label=f"m = {m}", hint=hint)
+    mean, se = sampled.mean, sampled.se
+    checks.within_error(mean, yours, se, label=f"m = {m}", hint=hint)
 
 # %% [markdown]
 # ```{solution-end}
@@ -1439,9 +1441,8 @@ for precision_of_it in (0.5, 4.0):
     ratio = variance * precision_of_it
     checks.close(ratio, 1.02, rtol=1e-4, label="the overstated variance", hint=hint)
 forget = math.log(0.01) / math.log(1 - step * precision_of_it / 2)
-print(
-    f"{forget:.0f} steps; the wide direction takes {variances[1] / variances[0]:.0f} times as many"
-)
+times = variances[1] / variances[0]
+print(f"{forget:.0f} steps; the wide direction takes {times:.0f} times as many")
 
 # %% [markdown]
 # ```{solution-end}
@@ -1521,7 +1522,8 @@ checks.close(yours, energy, atol=0.01, rtol=1e-3, label="the log ratio", hint=hi
 #     true_bound = two_causes.log_evidence(x) - divergence(q, posterior)
 #     too_much = reported_bound(two_causes, q, x) - true_bound
 #     hint = "the mean of a square is the square of the mean plus a variance"
-#     checks.close(excess(two_causes, q), too_much, rtol=1e-3, label="the excess", hint=hint)
+#     found = excess(two_causes, q)
+#     checks.close(found, too_much, rtol=1e-3, label="the excess", hint=hint)
 # ~~~
 # ```
 #
@@ -1559,7 +1561,8 @@ for q in (wide_q, mean_field):
     true_bound = two_causes.log_evidence(x) - divergence(q, posterior)
     too_much = reported_bound(two_causes, q, x) - true_bound
     hint = "the mean of a square is the square of the mean plus a variance"
-    checks.close(excess(two_causes, q), too_much, rtol=1e-3, label="the excess", hint=hint)
+    found = excess(two_causes, q)
+    checks.close(found, too_much, rtol=1e-3, label="the excess", hint=hint)
 
 # %% [markdown]
 # ```{solution-end}

@@ -1410,10 +1410,10 @@ plt.show()
 # Which loss punishes $r = 1/2$ more, which $r = 2$? Explain it with the words *mode-covering* and *zero-forcing*.
 #
 # ~~~python
-# hint = "both are divergences between Gaussians of equal mean; which one expects z**2?"
+# hint = "both compare Gaussians of equal mean; which one expects z**2?"
 # for r in (0.5, 0.8, 2.0):
 #     expected = [float(excess(n, 0.0, r * math.sqrt(0.5))) for n in ("qp", "pq")]
-#     checks.close(price(r), expected, rtol=1e-4, label=f"the price at {r}", hint=hint)
+#     checks.close(price(r), expected, rtol=1e-4, label=f"price at {r}", hint=hint)
 # ~~~
 # ```
 
@@ -1517,7 +1517,7 @@ checks.ordered(size, 0.2, label="ESS below a fifth of the draws")
 #
 # hint = "which factors of the loss carry a gradient, and which should?"
 # at_posterior, error = scale_gradient(mended_wake, math.sqrt(0.5))
-# checks.within_error(at_posterior, 0.0, error, label="the gradient at rest", hint=hint)
+# checks.within_error(at_posterior, 0.0, error, label="gradient at rest", hint=hint)
 # too_wide, error = scale_gradient(mended_wake, 1.0)
 # checks.ordered(0.1, too_wide, label="a scale that is too wide shrinks", hint=hint)
 # ~~~

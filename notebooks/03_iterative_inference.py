@@ -972,7 +972,8 @@ checks.close(
 # ~~~python
 # path = refine(toy, halfway, x_toy, 3, start=narrow).parameters[..., :2]
 # ratio = (path[3] - optimum).norm() / (path[0] - optimum).norm()
-# checks.close(ratio, 1 / 8, rtol=0.02, label="the shrinking", hint="half of the way each time")
+# hint = "half of the way each time"
+# checks.close(ratio, 1 / 8, rtol=0.02, label="the shrinking", hint=hint)
 # ~~~
 # ```
 
@@ -1007,7 +1008,7 @@ checks.close(ratio, 1 / 8, rtol=0.02, label="the shrinking")
 #
 # ~~~python
 # g = torch.tensor([1e-3, -1.0, 100.0])
-# hint = "the derivative of a mean over B in one example's parameters has a factor 1 / B"
+# hint = "in one example's parameters a mean over B has a factor 1 / B"
 # expected = ((g / 64).abs() + 1e-5).log()
 # checks.close(seen(g, 64), expected, label="what the encoder sees", hint=hint)
 # ~~~

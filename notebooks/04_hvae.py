@@ -1446,10 +1446,11 @@ markdown_table(titles, rows)
 # *Derive.* On the scalar model with $q_0 = \mathcal{N}(0, 1)$, derive the bound of the untempered flow with one step as a function of $\epsilon$. Work with the distance $y = z - \tfrac34$ to the posterior mean and the curvature 2. Write `one_step(step_size)`, with no loop and no matrix. Is the bound ever below the plain ELBO?
 #
 # ~~~python
-# hint = "log p(x, z) = -y**2 - 9/16 - log(2 pi), and y starts with mean -3/4, variance 1"
+# hint = "log p(x, z) = -y**2 - 9/16 - log(2 pi); y starts as N(-3/4, 1)"
 # for step_size in (0.1, 0.3, 0.9, 1.4):
 #     exact = exact_bound(1, step_size)
-#     checks.close(one_step(step_size), exact, rtol=1e-4, label=f"at {step_size}", hint=hint)
+#     yours = one_step(step_size)
+#     checks.close(yours, exact, rtol=1e-4, label=f"at {step_size}", hint=hint)
 # ~~~
 # ```
 
@@ -1612,11 +1613,12 @@ checks.within_error(ratio.mean, 1.0, ratio.se, label="the mean weight")
 #
 # ~~~python
 # precision = torch.tensor([[2.0, 1.8], [1.8, 2.0]]).double()
-# hint = "pi_k is Gaussian with precision (1 - beta) I / s**2 + beta P; beta runs to 1"
+# hint = "pi_k has precision (1 - beta) I / s**2 + beta P; beta runs to 1"
 # normal, zero = torch.distributions.MultivariateNormal, torch.zeros(2).double()
 # target = normal(zero, precision_matrix=precision)
 # start = normal(zero, 0.49 * torch.eye(2).double())
-# both = [float(torch.distributions.kl_divergence(*p)) for p in ((start, target), (target, start))]
+# pairs = ((start, target), (target, start))
+# both = [float(torch.distributions.kl_divergence(*pair)) for pair in pairs]
 # checks.close(annealing_gap(0.7, 0), both[0], rtol=1e-4, label="no step", hint=hint)
 # limit = 400 * float(annealing_gap(0.7, 199))
 # checks.close(limit, sum(both), rtol=2e-2, label="many steps", hint=hint)

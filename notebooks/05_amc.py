@@ -1631,7 +1631,7 @@ print([round(resting(*settings), 3) for settings in ((5.0, 0.2, 3), (3.0, 0.5, 5
 # p, q = (Normal(0.0, s).log_prob(z).exp() for s in (1.05, 1.0))
 # optimal = -(p * (p / (p + q)).log() + q * (q / (p + q)).log())
 # missing = 2 * math.log(2) - torch.trapezoid(optimal, z)
-# hint = "the second derivative of the divergence is a quarter of the Fisher information"
+# hint = "its second derivative is a quarter of the Fisher information"
 # checks.close(deficit(0.05, 1), missing, rtol=0.1, label="the deficit", hint=hint)
 # several = deficit(0.05, 8) / deficit(0.05, 1)
 # checks.close(several, 8.0, rtol=0.01, label="eight coordinates", hint=hint)

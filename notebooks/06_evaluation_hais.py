@@ -1016,7 +1016,8 @@ print(f"upper bound minus log p(x): {abs(upper - small_truth):.1f} nats")
 # exact = 1 - 1 / precision + torch.randn(1, 2, generator=stream(36)) / precision**0.5
 # settings = AISSettings(linear_schedule(400), 0.2, num_leapfrog=3)
 # theirs = small.log_prior_fn, their_likelihood
-# both = bdmc(theirs, toy_start(2, 35), exact.double(), settings, generator=stream(37))
+# z, exact, noise = toy_start(2, 35), exact.double(), stream(37)
+# both = bdmc(theirs, z, exact, settings, generator=noise)
 # print(f"lower {both.lower.item():.2f}, upper {both.upper.item():.2f}")
 # print(f"log p(x) {small_truth:.2f}")
 # ~~~
@@ -1030,7 +1031,8 @@ print(f"upper bound minus log p(x): {abs(upper - small_truth):.1f} nats")
 #     log_f = Normal(0.0, 1.0).log_prob(grid)
 #     log_f = log_f + power * Normal(grid, noise_scale).log_prob(torch.ones(()))
 #     area = torch.trapezoid(log_f.exp(), grid).log().item()
-#     checks.close(enclosed(power, dim), dim * area, rtol=1e-4, label="enclosed", hint=hint)
+#     yours = enclosed(power, dim)
+#     checks.close(yours, dim * area, rtol=1e-4, label="enclosed", hint=hint)
 # ~~~
 # ```
 
@@ -1068,7 +1070,7 @@ print(f"enclosed {enclosed(0.95, 2):.2f}, log p(x) {small_truth:.2f}")
 #
 # ~~~python
 # b = linear_schedule(4000)
-# hint = "log p(x|z) is quadratic in z: its mean needs the variance of z under f_b, too"
+# hint = "log p(x|z) is quadratic in z: it needs the variance of z under f_b"
 # for dim in (1, 2):
 #     integral = torch.trapezoid(expected_log_likelihood(b, dim), b)
 #     truth = toy_path(dim)[1]
@@ -1113,7 +1115,7 @@ print(f"integral {integral:.2f}, log p(x) {small_truth:.2f}")
 # *Build.* Write `adjusted_mean(values, images, control)`, the estimate {eq}`eq-eval-control` without its error. Then say what goes wrong if $\beta$ is fixed at 1, and when that is harmless.
 #
 # ~~~python
-# hint = "the slope is the covariance of values and control over the control's variance"
+# hint = "the slope is a covariance over the variance of the control"
 # for factor in (1.0, 0.4):
 #     values = factor * recorded_hais + 3
 #     expected = evaluation.regression_mean(values, few, control).mean
