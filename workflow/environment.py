@@ -22,6 +22,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed"
 BEGUN = VENV / "installation-begun"
+LAB, LAB_STAMP = ROOT / "requirements-lab.lock", VENV / "installed-lab"
 PINS = ["requirements.in", "requirements.lock", "pyproject.toml", "workflow/environment.py"]
 
 
@@ -83,9 +84,21 @@ def install() -> None:
     pip("the library", "--no-deps", "--no-build-isolation", "--editable", ".")
 
 
+def lab_state() -> str:
+    return state() + hashlib.sha256(LAB.read_bytes()).hexdigest() + "\n"
+
+
+def lab_is_complete() -> bool:
+    return LAB_STAMP.exists() and LAB_STAMP.read_text() == lab_state()
+
+
 if __name__ == "__main__":
-    if not is_complete():
+    lab = "lab" in sys.argv[1:]
+    if not is_complete() or (lab and not lab_is_complete()):
         LOCK = hold(ROOT / ".cache" / "environment.lock", "installing packages")
         if not is_complete():
             install()
             STAMP.write_text(state())
+        if lab and not lab_is_complete():
+            pip("JupyterLab, nbgrader", "--require-hashes", "--no-deps", "-r", LAB.name)
+            LAB_STAMP.write_text(lab_state())

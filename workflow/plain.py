@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import nbformat
 import pybtex.database
+import pybtex.richtext
 from environment import ROOT
 
 FENCE = re.compile(r"^(?P<fence>`{3,}|:{3,}|~{3,})(\{(?P<name>[\w:-]+)\})?[ \t]*(?P<title>.*)$")
@@ -136,7 +137,7 @@ def bibliography(path: Path = ROOT / "book" / "references.bib") -> pybtex.databa
 
 def bare(text: str) -> str:
     """LaTeX's braces and accents, as far as names and titles use them."""
-    return pybtex.richtext.Text.from_latex(text).render_as("text")
+    return str(pybtex.richtext.Text.from_latex(text))
 
 
 def surnames(key: str) -> str:

@@ -23,6 +23,12 @@ from sphinxcontrib.katex import html_visit_displaymath
 
 logger = logging.getLogger(__name__)
 
+LAUNCH = {
+    "notebook_interface": "jupyterlab",
+    "colab_url": "https://colab.research.google.com",
+    "binderhub_url": "https://mybinder.org",
+}
+
 
 # --- Citations -----------------------------------------------------------------------------------
 
@@ -136,6 +142,15 @@ def drop_repeated_ids(app, doctree, docname) -> None:
         ]
 
 
+def buttons(app, config) -> None:
+    """Show the buttons that need the repository's address as soon as there is one."""
+    options = config.html_theme_options
+    known = bool(options.get("repository_url"))
+    for name in ("repository", "issues", "edit_page"):
+        options[f"use_{name}_button"] = known
+    options["launch_buttons"] = LAUNCH if known else {}
+
+
 def link_to_notebooks(app, pagename, templatename, context, doctree) -> None:
     """Lead the buttons of a chapter to ``notebooks/``, where the repository has it."""
 
@@ -214,6 +229,7 @@ def setup(app):
         TocTreeCollectorWithStyles.assign_section_numbers
     )
     app.add_directive("library-modules", LibraryModules)
+    app.connect("config-inited", buttons)
     app.connect("builder-inited", require_chapters)
     app.connect("autodoc-skip-member", skip_generated_docs)
     app.connect("autodoc-process-docstring", keep_single_letters)
