@@ -2,9 +2,8 @@
 
 Sizes are counted on what a reader is asked to read: solutions are left out, and cells that the page
 folds (``hide-input``: imports, plots) count for the longest cell and the longest line, but neither
-for the number of cells nor for the median. A word is a run of letters in a text cell; code,
-directives' names and options, citations and displayed mathematics are no words, and a piece of
-inline mathematics is one. A line of code is a line that is not blank.
+for the number of cells nor for the median. Words are counted by ``workflow/words.py``. A line of
+code is a line that is not blank.
 """
 
 import ast
@@ -24,6 +23,7 @@ import yaml
 from coursework import HIDDEN, Book, exercises, filed, hidden_tests, without_solutions
 from execute import execute, read_chapter
 from papermill.exceptions import PapermillExecutionError
+from words import num_words
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
@@ -65,32 +65,6 @@ def parameters_of(chapter: Path) -> dict[str, str]:
 
 def is_check_cell(cell) -> bool:
     return "checks.parameters(" in cell.source
-
-
-FENCE = re.compile(r"^(`{3,}|:{3,}|~{3,})\s*(\{(?P<directive>[\w:-]+)\})?(?P<info>.*)$")
-NO_PROSE = {"code-block", "code-cell", "math", "bibliography", "figure", "image", "include"}
-
-
-def prose_lines(markdown: str):
-    """The lines outside code, directive heads and directive options."""
-    open_fences = []  # (fence, whether its content is prose)
-    for line in markdown.splitlines():
-        fence = FENCE.match(line)
-        if fence and open_fences and fence[1] == open_fences[-1][0] and not line[len(fence[1]) :]:
-            open_fences.pop()
-        elif fence:
-            directive = fence["directive"]
-            open_fences.append((fence[1], directive is not None and directive not in NO_PROSE))
-        elif all(is_prose for _, is_prose in open_fences) and not re.match(r":\w+:", line):
-            yield line
-
-
-def num_words(markdown: str) -> int:
-    text = "\n".join(prose_lines(markdown))
-    text = re.sub(r"\$\$.*?\$\$(\s*\([\w:-]+\))?", " ", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->|\{[\w:-]+\}`[^`]*`|\]\([^)]*\)", " ", text, flags=re.DOTALL)
-    text = re.sub(r"\$[^$]+\$|`[^`]+`", " symbol ", text)
-    return len(re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", text))
 
 
 def num_lines(cell) -> int:

@@ -1,4 +1,4 @@
-"""The project's own machinery: pins, builds by content, coursework copies, workflows, README."""
+"""The project's own machinery: pins, builds by content, workflows, buttons, README."""
 
 import importlib.util
 import os
@@ -10,14 +10,13 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import conda
 import nbformat
 import pytest
 import yaml
-from coursework import without_solutions
 from environment import torch_pin
-from execute import read_chapter
 from packaging.requirements import Requirement
 
 from tiny import Root
@@ -118,6 +117,31 @@ def test_lock_is_the_same_wherever_it_is_written():
     }
     for block in re.split(r"\n(?=\w)", lock):
         assert "--hash=sha256:" in block
+
+
+def test_lab_is_pinned_with_hashes_at_the_versions_of_the_book():
+    lock = read("requirements-lab.lock")
+    assert "://" not in lock and "torch" not in lock
+    for block in re.split(r"\n(?=\w)", lock):
+        assert "--hash=sha256:" in block
+    pins = [line.rstrip(" \\") for line in lock.splitlines() if re.match(r"\w", line)]
+    lab, book = by_name(pins), by_name(conda.pins())
+    for name in set(lab) & set(book):
+        assert {v for v, _ in lab[name]} == {v for v, _ in book[name]}, name
+    for line in read("requirements-lab.in").splitlines():
+        if re.match(r"\w", line):
+            asked = Requirement(line.partition("#")[0])
+            assert {v for v, _ in lab[asked.name.lower()]} == {str(asked.specifier)}
+    assert not {"nbgrader", "jupyterlab"} & set(book), "the book is built without them"
+
+
+def test_binder_installs_the_same_pins():
+    script = read(".binder/postBuild")
+    assert (ROOT / ".binder" / "postBuild").stat().st_mode & 0o111, "Binder executes it"
+    for name in re.findall(r"-r (\S+)|' (requirements\S+?)\)", script):
+        assert (ROOT / "".join(name)).is_file()
+    assert read(".binder/runtime.txt") == "python-3.11\n"
+    subprocess.run(["bash", "-n", ROOT / ".binder" / "postBuild"], check=True)
 
 
 # --- building ------------------------------------------------------------------------------------
@@ -236,7 +260,7 @@ def test_missing_python_is_one_line_that_says_what_to_install(python):
     assert "install Python 3.11 or newer" in first and python in first
 
 
-# --- coursework ----------------------------------------------------------------------------------
+# --- wrong values --------------------------------------------------------------------------------
 
 
 WRONG = {
@@ -249,6 +273,10 @@ WRONG = {
     ("laptop", "STUDY=`touch BAD`"): "there is no run with study '`touch BAD`'; choices: ",
     ("full", "STUDY=$$(touch BAD)"): "there is no run with study '$(touch BAD)'; choices: ",
     ("laptop", "STUDY=reference", "ROW="): "there is no run with row ''; choices: vae",
+    ("grade", "FOLDER="): "FOLDER is empty; name the folder that holds a folder for each student",
+    ("chapter", "FROM="): "FROM is empty; choose among: 01_vi_recap 02_pq_vs_qp",
+    ("chapter", "FROM=01_vi", "TO=08_a"): "FROM=01_vi is none of: 01_vi_recap 02_pq_vs_qp",
+    ("chapter", "FROM=01_vi_recap", "TO=x"): "TO=x must be two digits, an underscore and a name",
 }
 
 
@@ -262,41 +290,43 @@ def test_a_wrong_value_is_one_line_that_names_it_and_the_choices(arguments):
     assert not (ROOT / "BAD").exists()
 
 
-def test_coursework_has_the_exercises_without_the_solutions(tmp_path):
-    source = tmp_path / "01_one.py"
-    source.write_text(TOY)
-    notebook = without_solutions(read_chapter(source))
-    text = "\n".join(cell.source for cell in notebook.cells)
-    assert "Find the number." in text and "And on we go." in text
-    assert "secret" not in text and "solution" not in text
-    assert text.index("Find") < text.index("# Your answer") < text.index("And on")
-
-
-def test_unpaired_solutions_are_refused(tmp_path):
-    source = tmp_path / "01_one.py"
-    source.write_text(TOY.replace("solution-end", "note"))
-    with pytest.raises(ValueError, match="no solution-end"):
-        without_solutions(read_chapter(source))
-
-
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_no_solution_is_left_in_the_coursework_copy(chapter):
-    notebook = without_solutions(read_chapter(ROOT / "notebooks" / f"{chapter}.py"))
-    assert "{solution" not in "\n".join(cell.source for cell in notebook.cells)
-    assert sum(cell.source == "# Your answer" for cell in notebook.cells) >= 3
-
-
 # --- files that people read ----------------------------------------------------------------------
 
 
 def test_readme_names_every_chapter_and_only_targets_that_exist():
     targets = set(re.findall(r"^([a-z]+):", read("Makefile"), flags=re.MULTILINE))
-    for name in ("README.md", "CONTRIBUTING.md", "book/reproducing.md"):
+    pages = [f"book/{name}.md" for name in ("reproducing", "studying", "teaching")]
+    for name in ("README.md", "CONTRIBUTING.md", *pages):
         named = re.findall(r"(?:^|`)make ([a-z]+)", read(name), flags=re.MULTILINE)
         assert set(named) <= targets, name
     for chapter in CHAPTERS:
         assert f"notebooks/{chapter}.ipynb" in read("README.md")
         assert f"chapters/{chapter}" in read("book/_toc.yml")
+
+
+@pytest.mark.parametrize("address", ["", "https://github.com/someone/compendium"])
+def test_buttons_appear_with_the_address_of_the_repository(address, monkeypatch):
+    """One setting: repository.url in _config.yml, which Jupyter Book hands to the theme."""
+    monkeypatch.syspath_prepend(ROOT / "book" / "_ext")
+    compendium = importlib.import_module("compendium")
+    config = yaml.safe_load(read("book/_config.yml"))
+    assert "launch_buttons" not in config and not any("button" in key for key in config["html"])
+    options = {"repository_url": address, "launch_buttons": {}}
+    compendium.buttons(None, SimpleNamespace(html_theme_options=options))
+    shown = {name for name, value in options.items() if value}
+    wanted = {f"use_{name}_button" for name in ("repository", "issues", "edit_page")}
+    assert shown == (wanted | {"repository_url", "launch_buttons"} if address else set())
+    if address:
+        assert {"colab_url", "binderhub_url"} <= set(options["launch_buttons"])
+
+
+def test_exercises_have_permalinks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "book" / "_ext")
+    compendium = importlib.import_module("compendium")
+    title = '<p class="admonition-title"><span>Exercise 2.1 </span> (A title)'
+    body = f'<div class="exercise admonition" id="ex-a">\n\n{title}</p>\n<div>{title}</p></div>'
+    link = '<a class="headerlink" href="#ex-a" title="Link to this exercise">#</a>'
+    assert compendium.link_to_exercises(body) == body.replace(title, title + link, 1)
 
 
 def test_links_between_project_files_resolve():
@@ -307,7 +337,7 @@ def test_links_between_project_files_resolve():
 
 def test_help_lists_the_targets():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for target in ("book", "test", "notebooks", "smoke", "coursework", "lock", "clean"):
+    for target in ("book", "test", "notebooks", "coursework", "grade", "lab", "chapter", "lock"):
         assert re.search(rf"^make {target} +\w", done.stdout, flags=re.MULTILINE)
 
 

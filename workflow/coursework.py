@@ -37,9 +37,17 @@ HEAD = re.compile(
     r"(?P<minutes>\d+) minutes\.\*$",
     re.MULTILINE,
 )
-FILED = re.compile(r"^## (\S+)\n.*?```python\n(.*?)```", re.DOTALL | re.MULTILINE)
+FILED = re.compile(r"^## (\S+)\n(.*?)```python\n(.*?)```", re.DOTALL | re.MULTILINE)
 STUB = ["# YOUR CODE HERE", "raise NotImplementedError()"]
 WRITE_HERE = "YOUR ANSWER HERE"
+# What nbgrader's formgrader looks for in the folder in which JupyterLab is started.
+CONFIG = """\
+from pathlib import Path
+
+c = get_config()
+c.CourseDirectory.root = str(Path(__file__).resolve().parent)
+c.CourseDirectory.course_id = "amortised"
+"""
 
 
 class Exercise(NamedTuple):
@@ -141,7 +149,8 @@ def without_solutions(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def filed(path: Path) -> dict[str, str]:
     """Pieces of code by the label of their exercise, in a file of ``## label`` and code."""
-    return dict(FILED.findall(path.read_text())) if path.is_file() else {}
+    found = FILED.finditer(path.read_text()) if path.is_file() else []
+    return {one[1]: one[3] for one in found}
 
 
 def hidden_tests(stem: str, folders: Iterable[Path]) -> dict[str, str]:
@@ -327,13 +336,16 @@ class Book(NamedTuple):
     def key(self, stem: str) -> str:
         """The answer key of a chapter, in Markdown."""
         text = [f"# Answers: {self.page.titles[f'chapters/{stem}']}"]
+        path = ROOT / "tests" / "wrong_answers" / f"{stem}.md"
+        found = FILED.finditer(path.read_text()) if path.is_file() else []
+        mistakes = {one[1]: (one[2].strip(), one[3]) for one in found}
         for one in exercises(self.notebooks[stem]).values():
             number = self.page.targets[one.label].number
-            mistake = filed(ROOT / "tests" / "wrong_answers" / f"{stem}.md").get(one.label, "")
             text += [f"## {number} · {one.title}", one.head[0].strip("*")]
             text += [self.page.markdown(one.text), f"```python\n{one.answer.strip()}\n```"]
-            if mistake:
-                text += ["A mistake to expect:", f"```python\n{mistake.strip()}\n```"]
+            if one.label in mistakes:
+                said, code = mistakes[one.label]
+                text += [f"*A mistake to expect.* {said}", f"```python\n{code.strip()}\n```"]
         return "\n\n".join(text) + "\n"
 
 
@@ -355,6 +367,8 @@ def write(folder: Path, stems: Iterable[str], hidden: list[Path]) -> None:
             raise SystemExit(
                 f"there is no folder {overlay}: HIDDEN names one with NN_slug.md files"
             )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "nbgrader_config.py", CONFIG)
     for stem in stems or book.notebooks:
         tests = hidden_tests(stem, [HIDDEN, *hidden])
         if unknown := set(tests) - set(exercises(book.notebooks[stem])):

@@ -4,7 +4,7 @@ SUBMISSIONS holds a folder for each student, with notebooks of any name. COURSEW
 ``make coursework`` wrote. Each notebook is rebuilt on the released one and run by nbgrader in a
 process of its own, in a jail where the system has one. Written is SUBMISSIONS/grades.csv: a line
 for each part of each exercise, with its points or the reason why it has none. Texts are marked by
-hand, in nbgrader's formgrader or in the table, and their marks survive another run.
+hand in nbgrader's formgrader; their marks survive another run, which takes them into the table.
 """
 
 import argparse
@@ -167,8 +167,10 @@ def run_one(course: Course, student: str, chapter: str, hidden: list[Path]) -> s
         return ""
     if "DeadKernelError" in printed or "Kernel died" in printed:
         return "its kernel died: os._exit, a signal, or too little memory"
-    errors = re.findall(r"^\w*(?:Error|Exception|Missing\w*)\b.*$", printed, flags=re.MULTILINE)
-    return f"nbgrader failed: {errors[-1] if errors else printed.strip()[-200:]}"
+    if "CellTimeoutError" in printed:
+        return f"a cell ran longer than {CELL_SECONDS} s and would not be interrupted"
+    errors = re.findall(r"^ *((?:\w+\.)*\w*(?:Error|Exception|Entry)\b.*)$", printed, re.MULTILINE)
+    return f"nbgrader failed: {errors[-1] if errors else ' '.join(printed.split())[-200:]}"
 
 
 # --- marks ---------------------------------------------------------------------------------------
@@ -255,6 +257,8 @@ def prepare(course: Course, chapters: list[str], hidden: list[Path]) -> dict[str
             failed = [c.id for c in checks if any(o.output_type == "error" for o in c.outputs)]
             if failed:
                 raise SystemExit(f"{chapter}: the reference answers fail {', '.join(failed)} here")
+            with course.gradebook() as book:
+                book.remove_student(REFERENCE)
             known = {"digest": digest, "reports": {cell.id: ticks(cell) for cell in checks}}
             record.parent.mkdir(exist_ok=True)
             record.write_text(json.dumps(known))

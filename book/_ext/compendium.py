@@ -67,7 +67,8 @@ def require_chapters(app) -> None:
     """Stop with one line when the chapters that the site renders have not been executed."""
     source = Path(app.srcdir)
     listed = re.findall(r"^\s*- file: (chapters/\S+)", (source / "_toc.yml").read_text(), re.M)
-    needed = [f"{name}.ipynb" for name in listed] + ["chapters/execution.md"]
+    tables = [f"chapters/{name}.md" for name in ("execution", "times", "exercises")]
+    needed = [f"{name}.ipynb" for name in listed] + tables
     missing = [name for name in needed if not (source / name).is_file()]
     if missing:
         raise ExtensionError(
@@ -170,6 +171,15 @@ def link_to_notebooks(app, pagename, templatename, context, doctree) -> None:
         context["header_buttons"] = [relocate(button) for button in context["header_buttons"]]
 
 
+def link_to_exercises(body: str) -> str:
+    """A permalink behind the title of each exercise, as headings have it."""
+    return re.sub(
+        r'(<div class="exercise admonition" id="([\w-]+)">\s*<p class="admonition-title">.*?)(</p>)',
+        r'\1<a class="headerlink" href="#\2" title="Link to this exercise">#</a>\3',
+        body,
+    )
+
+
 def mend_roles(app, pagename, templatename, context, doctree) -> None:
     """Names and roles that the theme and docutils leave out or get wrong."""
     navigation = context["generate_toctree_html"]
@@ -177,7 +187,8 @@ def mend_roles(app, pagename, templatename, context, doctree) -> None:
         navigation(*args, **options)
     ).replace("<summary>", '<summary aria-label="Pages of this section">')
     if "body" in context:  # a list of citations is a list
-        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+        body = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+        context["body"] = link_to_exercises(body)
 
 
 # --- The library's pages -------------------------------------------------------------------------
