@@ -182,6 +182,15 @@ def test_hidden_tests_are_no_part_of_the_book():
             assert tests.strip() not in text, label
 
 
+def test_teaching_page_names_exercises_that_exist():
+    known = {target.number for target in BOOK.page.targets.values()}
+    text = (ROOT / "book" / "teaching.md").read_text()
+    paths = text[text.index("## Two ways through") : text.index("## Mistakes to expect")]
+    named = re.findall(r"\b\d\.\d\b", paths)
+    assert len(named) > 20
+    assert {f"Exercise {number}" for number in named} <= known
+
+
 # --- plain Markdown ------------------------------------------------------------------------------
 
 

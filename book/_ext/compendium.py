@@ -174,7 +174,8 @@ def link_to_notebooks(app, pagename, templatename, context, doctree) -> None:
 def link_to_exercises(body: str) -> str:
     """A permalink behind the title of each exercise, as headings have it."""
     return re.sub(
-        r'(<div class="exercise admonition" id="([\w-]+)">\s*<p class="admonition-title">.*?)(</p>)',
+        r'(<div class="exercise admonition" id="([\w-]+)">\s*'
+        r'<p class="admonition-title">.*?)(</p>)',
         r'\1<a class="headerlink" href="#\2" title="Link to this exercise">#</a>\3',
         body,
     )
