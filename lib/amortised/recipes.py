@@ -65,6 +65,8 @@ LONG_CHAIN = {"num_steps": 50, "num_leapfrog": 10, "step_size": 0.1}
 START_IMAGES = 500
 #: The last training images, by which rates are chosen.
 VALIDATION_IMAGES = 1000
+#: Images of a batch whose log-likelihoods are noted in training.
+WATCHED_IMAGES = 10
 #: Samples of the bound of a student with a density.
 ELBO_SAMPLES = 100
 
@@ -274,7 +276,7 @@ def _amc_step(
     if config["method"] == "vae":
         return lambda x, index: amc.vae_step(x, *trained, **samples)
     if config["method"] == "mcmc_vi":
-        return lambda x, index: amc.mcmc_vi_step(x, *trained, teacher=teacher, **samples)
+        return _watched(partial(amc.mcmc_vi_step, **samples), trained, teacher)
     if config["method"] == "persistent":
         return lambda x, index: amc.persistent_step(
             x, index, decoder, networks["chains"], optimizers, teacher=teacher
@@ -285,7 +287,33 @@ def _amc_step(
     if config["method"] == "avb":
         return lambda x, index: amc.avb_step(x, *trained, **samples)
     rule = RULES[config["rule"]]._replace(num_critic_steps=config["num_critic_steps"])
-    return lambda x, index: amc.amc_step(x, *trained, teacher=teacher, rule=rule, **samples)
+    return _watched(partial(amc.amc_step, rule=rule, **samples), trained, teacher)
+
+
+def _watched(
+    step: Callable[..., dict[str, Tensor]], trained: tuple[object, ...], teacher: amc.Teacher
+) -> Callable[[Tensor, Tensor], Mapping[str, Tensor]]:
+    """The update of a student with a teacher, which tells of the log p(x | z) of some images, too.
+
+    Of the student's draw, of its draw for another image, and of the end of the chain.
+    """
+    model = trained[0]
+
+    def update(x: Tensor, index: Tensor) -> Mapping[str, Tensor]:
+        seen = {}
+
+        def watched(x: Tensor, z: Tensor) -> Tensor:
+            z_teacher, few = teacher(x, z), x[:WATCHED_IMAGES]
+            drawn = {"student": z, "other": z.roll(1, dims=1), "teacher": z_teacher}
+            with torch.no_grad():
+                for who, samples in drawn.items():
+                    found = model.log_likelihood(few, samples[:, : len(few)])
+                    seen[f"log_likelihood_{who}"] = found.mean()
+            return z_teacher
+
+        return step(x, *trained, teacher=watched) | seen
+
+    return update
 
 
 # --- students held to their teachers -------------------------------------------------------------
@@ -391,8 +419,8 @@ def _held_out_images(config: Mapping[str, object]) -> Tensor:
 def _diagnose(run: Run, decoder: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """The student against its teacher, and the teacher against long Hamiltonian chains.
 
-    The student of a row without a chain is held to the long chains; that of short runs is the
-    prior; a table of persistent chains has none.
+    The student of a row without a chain is held to the moments of the long chains alone; that of
+    short runs is the prior; a table of persistent chains has none.
     """
     config, started, acceptance = run.config, time.monotonic(), []
     if config["method"] == "persistent":
@@ -422,7 +450,7 @@ def _diagnose(run: Run, decoder: nn.Module, x: Tensor) -> dict[str, Tensor]:
     found["long_chain_acceptance_rate"] = acceptance[1].mean(0)
     if acceptance[0] is not None:
         found["teacher_acceptance_rate"] = acceptance[0].mean(0)
-    if config["encoder"] != "none":
+    if has_chain and config["encoder"] != "none":  # long chains for so many would be dear
         others = data.load_mnist("train", dtype=torch.uint8).images[: config["classifier_images"]]
         classifier = _on_device(Discriminator(2 * LATENT_DIM), run.device)
         found["classifier_auc"] = diagnostics.classifier_auc(
