@@ -14,7 +14,7 @@ from amortised.encoders import GaussianEncoder, ImplicitEncoder
 from amortised.fast import log_likelihood_and_grad
 from amortised.files import Work, load_tree
 from amortised.models import LinearGaussian
-from amortised.recipes import RECIPES, Run
+from amortised.recipes import RECIPES, Run, amortised_mcmc, common
 from amortised.studies import OPTIONS, Experiment, load_studies
 
 TINY = {"training_images": 40, "epochs": 1, "batch_size": 10, "chain_dtype": "float32"}
@@ -68,7 +68,7 @@ def made(tmp_path_factory):
 
     def make(experiment: Experiment):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(recipes, "LONG_CHAIN", long_chain)
+            patch.setattr(amortised_mcmc, "LONG_CHAIN", long_chain)
             assert experiments.run_experiment(experiment, root=root).word == "done"
         folder = experiments.run_folder(experiment, root)
         return folder, runs.read_json(folder / "result.json")
@@ -234,7 +234,7 @@ def test_a_student_is_held_to_its_teacher_and_the_decoder_annealed(made, kind):
     if config["method"] != "short_run":  # once will do
         return
     decoder = evaluation.load_module(folder / "decoder.safetensors")
-    x, seed = recipes._held_out_images(config), DISTILLED[kind].seed
+    x, seed = common.held_out_images(config), DISTILLED[kind].seed
     proposal = evaluation.fit_full_covariance(decoder, x, seed=seed)
     samples = {"num_samples": config["num_samples"], "seed": seed}
     samples["likelihood"] = partial(log_likelihood_and_grad, decoder)
@@ -267,11 +267,11 @@ def test_the_divergence_is_warmed_up_over_the_first_updates(monkeypatch):
 
 def test_validation_images_are_none_that_a_row_is_trained_on():
     config = {"held_out": "validation", "images": 1000, "image_seed": 3}
-    images = recipes._held_out_images(config)
+    images = common.held_out_images(config)
     grey = data.load_mnist("train").images[59_000:]
     assert ((images.sum(0) > 0) <= (grey.sum(0) > 0)).all()
     assert images.mean().sub(grey.mean()).abs() < 0.01
-    assert torch.equal(images, recipes._held_out_images(config))
+    assert torch.equal(images, common.held_out_images(config))
 
 
 def test_a_chain_has_the_kernel_and_the_steps_of_its_options(monkeypatch):
@@ -281,7 +281,7 @@ def test_a_chain_has_the_kernel_and_the_steps_of_its_options(monkeypatch):
     config = experiment.config | {"num_steps": 7, "step_size": 0.25, "num_leapfrog_steps": 3}
     x, z = torch.tensor([[0.0], [1.0]]), torch.tensor([[[0.0], [2.0]]])
     monkeypatch.setattr(amc, "amc_step", lambda *a, teacher, **k: {"end": teacher(x, z).mean()})
-    found = recipes._amc_step(config, {"decoder": model}, {}, plain=True)(x, None)
+    found = amortised_mcmc._amc_step(config, {"decoder": model}, {}, plain=True)(x, None)
     assert found["end"] == 3.0  # and what is noted of the draws: (x - z)^2 / 2 up to a constant
     for name, error in (("student", 0.25), ("other", 1.25), ("teacher", 3.25)):
         constant = -0.5 * math.log(2 * math.pi)
