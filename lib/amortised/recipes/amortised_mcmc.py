@@ -18,6 +18,7 @@ from ..adversarial import Discriminator, InformedDiscriminator
 from ..ais import AISSettings, sigmoid_schedule
 from ..encoders import GaussianEncoder, ImplicitEncoder, start_at_prior
 from ..fast import RefreshedLikelihood, log_likelihood_and_grad
+from ..numerics import seeded
 from ..objectives import elbo
 from .common import (
     ARCHITECTURES,
@@ -255,7 +256,7 @@ def evaluate_distillation(run: Run) -> Outcome:
     seconds["importance sampling"] = proposal.seconds + found.seconds
     encoder = run.network("encoder")
     if isinstance(encoder, GaussianEncoder):
-        with torch.no_grad():
+        with seeded(seed, run.device), torch.no_grad():
             per_image["elbo"] = elbo(decoder, encoder(x), x, ELBO_SAMPLES, analytic_kl=True)
     if config["diagnostic_images"]:
         stage = work.stage("diagnostics")
