@@ -186,6 +186,27 @@ class VaeOptions(TrainingOptions):
     objective: Literal["elbo", "iwae", "dreg"]
 
 
+class ObjectiveOptions(MinibatchOptions, _DrawnImagesOptions):
+    """Options of :func:`amortised.recipes.autoencoders.vae_training` and its evaluation."""
+
+    objective: Literal["elbo", "iwae", "dreg"]
+    num_student_samples: PositiveInt
+    output_bias: Literal["drawn", "data"]
+    """Of the decoder at the start: as PyTorch draws it, or the logit of the mean pixel."""
+    kl_warmup: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+    held_out: Literal["test", "validation"]
+    num_samples: PositiveInt
+    hais_images: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        if self.kl_warmup > 0 and self.objective != "elbo":
+            raise ValueError(f"kl_warmup = {self.kl_warmup} belongs to objective = 'elbo'")
+        if self.hais_images > self.images:
+            raise ValueError(f"hais_images = {self.hais_images} is more than images")
+        return self
+
+
 class TeacherOptions(MinibatchOptions, _DrawnImagesOptions):
     """Options of :func:`amortised.recipes.amortised_mcmc.teacher_training` and its evaluation."""
 
@@ -332,6 +353,7 @@ OPTIONS = {
     "amc": AmcOptions,
     "distillation": DistillationOptions,
     "vae": VaeOptions,
+    "objective": ObjectiveOptions,
     "teacher": TeacherOptions,
     "path": PathVaeOptions,
     "target": TargetOptions,
