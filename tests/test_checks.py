@@ -171,7 +171,7 @@ def test_within_error(capsys):
     checks.within_error(1.03, 1.0, 0.01, label="the mean")
     assert capsys.readouterr().out == "✓ the mean is within 4 standard errors of the truth\n"
     checks.within_error(torch.tensor(1.05), 1.0, 0.01, num_standard_errors=6)
-    message = r"is 1.05, 5.0 standard errors from 1 \(at most 4"
+    message = r"is 1.05, 5.0 standard errors off \(at most 4 allowed\); truth 1"
     refused(message, checks.within_error, 1.05, 1.0, 0.01)
     refused("nan", checks.within_error, math.nan, 1.0, 0.1)
     for standard_error in (0.0, -1.0, math.nan):
