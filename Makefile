@@ -83,7 +83,7 @@ grade: environment ## grade submissions with nbgrader; FOLDER= holds a folder fo
 	@$(BIN)/python workflow/environment.py lab
 	@$(BIN)/python workflow/grade.py "$$FOLDER" coursework $${HIDDEN:+--hide "$$HIDDEN"}
 
-chapter: environment ## begin a chapter from another: FROM=01_vi_recap TO=08_mine
+chapter: environment ## begin a chapter from another: FROM=06_evaluation_hais TO=08_mine
 	$(if $(FROM),,$(error FROM is empty; choose among: $(CHAPTERS)))
 	$(if $(TO),,$(error TO is empty; name the new chapter, as in TO=08_mine))
 	@$(BIN)/python workflow/new_chapter.py "$$FROM" "$$TO"

@@ -410,16 +410,16 @@ def test_submissions_of_all_kinds_are_graded_for_what_they_are(tmp_path):
         nbformat.write(answered, class_ / student / name)
 
     loud = "\nimport sys\nprint('a warning', file=sys.stderr)"
-    hand_in("right", ("ex-amc-memory", lambda text: text + loud), name="final (2).ipynb")
+    names = [course / "source", class_ / "blank", ROOT / "tests/hidden_tests/05_amc.md"]
+    spy = SPY.format(names=[str(name) for name in names], mark=str(ROOT / "spied"))
+    added = [("ex-amc-memory", lambda text: text + loud), ("ex-amc-fixed", lambda text: text + spy)]
+    hand_in("right", *added, name="final (2).ipynb")
     hand_in("blank", answered=copy.deepcopy(given))
     hand_in("wrong", *wrong.items())
     hand_in("exits", ("ex-amc-fixed", "import os\nos._exit(0)"))
     scores = "import sys\ndef resting(*a):\n    sys.displayhook(2.0)\n    return 0.0"
     silent = "checks.close = lambda *a, **k: None\nnum_data = 1"
     hand_in("tricks", ("ex-amc-fixed", scores), ("ex-amc-memory", silent))
-    names = [course / "source", class_ / "right", ROOT / "tests/hidden_tests/05_amc.md"]
-    spy = SPY.format(names=[str(name) for name in names], mark=str(ROOT / "spied"))
-    hand_in("spy", ("ex-amc-memory", lambda text: text + spy))
     (class_ / "broken").mkdir()
     (class_ / "broken" / "a.ipynb").write_text("{")
 
@@ -445,8 +445,9 @@ def test_submissions_of_all_kinds_are_graded_for_what_they_are(tmp_path):
         "",
     )
     assert column("tricks", "state")["memory"].endswith("reported 0 times instead of 2")
-    if "no jail" not in printed:
-        assert points("spy") == 12 and not (ROOT / "spied").exists()
+    cells = nbformat.read(course / "autograded/right/05_amc/05_amc.ipynb", 4).cells
+    (spied,) = [cell for cell in cells if cell.id == "ex-amc-fixed-answer"]
+    assert "no jail" in printed or (not spied.outputs and not (ROOT / "spied").exists())
 
 
 # --- a new chapter -------------------------------------------------------------------------------
