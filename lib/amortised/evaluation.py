@@ -37,7 +37,7 @@ from .fast import LogLikelihoodAndGrad, log_likelihood_and_grad
 from .files import Work
 from .mcmc import ValueAndGrad
 from .models import LatentVariableModel
-from .numerics import check_counts, effective_sample_size, log_mean_exp, seeded
+from .numerics import check_counts, check_seed, effective_sample_size, log_mean_exp, seeded
 from .objectives import check_proposal, elbo
 from .training import fit, gradient_step, half_cosine
 
@@ -179,12 +179,12 @@ def importance_sampling_ll(
     >>> estimate.log_likelihood, estimate.ess.round()  # exact: the proposal is the posterior
     (tensor([-1.8280, -1.2655], dtype=torch.float64), tensor([10., 10.], dtype=torch.float64))
     """
-    _check_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
+    x = _checked_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
     check_counts(num_samples=num_samples)
 
     def evaluate(block: _Block) -> dict[str, Tensor]:
         images = x[block.images]
-        q = _one_for_each(images, proposal)
+        q = _one_for_each(model, images, proposal)
         log_joint = partial(model.log_joint, images)
         if likelihood is not None:
             log_joint = _log_joint(model, likelihood(images))
@@ -251,7 +251,7 @@ def hais_ll(
     >>> bool((estimate.log_likelihood - model.log_evidence(x)).abs().max() < 0.1)
     True
     """
-    _check_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
+    x = _checked_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
     chosen = _annealing(annealing)
 
     def evaluate(block: _Block) -> dict[str, Tensor]:
@@ -356,7 +356,8 @@ def fit_gaussian_proposal(
     >>> r(images).batch_shape, model.weight.requires_grad, model.weight.grad
     (torch.Size([64]), True, None)
     """
-    _check_images(model, images, "images", binary=False)
+    images = _checked_images(model, images, "images", binary=False)
+    check_seed(seed)
     block = _Block(seed, 0, slice(0, len(images)), images.device)
     frozen = copy.deepcopy(model).requires_grad_(False)
     with block.seeding_all("proposal"):
@@ -394,7 +395,7 @@ class FullCovariance(NamedTuple):
 
         :raises ValueError: for an image that was not fitted.
         """
-        keys = _bytes_of(x)
+        keys = _bytes_of(x.to(self.loc.dtype))
         unknown = [i for i, key in enumerate(keys) if key not in self.position]
         if unknown:
             raise ValueError(f"image {unknown[0]} was not fitted; fit_full_covariance to it first")
@@ -453,7 +454,7 @@ def fit_full_covariance(
     >>> bool((estimate.log_likelihood - model.log_evidence(x)).abs().max() < 1e-3)
     True
     """
-    _check_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
+    x = _checked_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
     check_counts(num_steps=num_steps, num_starts=num_starts)
     prior_and_grad = ais.log_prob_and_grad(model.prior())
 
@@ -596,7 +597,7 @@ def _prepare(
         path = path._replace(log_likelihood_fn=fast.log_likelihood, exact_energies=is_coarse)
     q = prior.expand((len(x),))
     if start is not None:
-        q = _one_for_each(x, start)
+        q = _one_for_each(model, x, start)
         path = ais.path_from(q, path)
     with block.seeding_all("pilot start"):
         pilot_z0 = q.sample((annealing.pilot_chains,))
@@ -613,10 +614,16 @@ def _prepare(
 
 
 @torch.no_grad()
-def _one_for_each(x: Tensor, proposal: Proposal) -> Distribution:
-    """The proposal at x, checked to give one distribution for each observation."""
+def _one_for_each(model: LatentVariableModel, x: Tensor, proposal: Proposal) -> Distribution:
+    """The proposal at x, checked to give one density of latents for each observation."""
+    if not callable(proposal) or isinstance(proposal, LatentVariableModel):
+        kind = type(proposal).__name__
+        raise ValueError(f"a proposal maps x to a distribution of z, as an encoder; got a {kind}")
     q = proposal(x)
     check_proposal(q, x)
+    shape = tuple(getattr(q, "event_shape", (model.latent_dim,)))
+    if shape != (model.latent_dim,):
+        raise ValueError(f"the model has latents [{model.latent_dim}], the proposal {list(shape)}")
     return q
 
 
@@ -624,6 +631,7 @@ def _one_for_each(x: Tensor, proposal: Proposal) -> Distribution:
 
 
 def _blocks(num_images: int, seed: int, device: torch.device) -> list[_Block]:
+    check_seed(seed)
     edges = [*range(0, num_images, BLOCK_SIZE), num_images]
     images = [slice(first, stop) for first, stop in itertools.pairwise(edges)]
     return [_Block(seed, number, part, device) for number, part in enumerate(images)]
@@ -672,7 +680,8 @@ def _annealing(choices: Mapping[str, object]) -> Annealing:
     return annealing
 
 
-def _check_images(model: LatentVariableModel, x: Tensor, name: str, binary: bool) -> None:
+def _checked_images(model: LatentVariableModel, x: Tensor, name: str, binary: bool) -> Tensor:
+    """The images in the type of the model's weights, whatever their own."""
     device, observation_dim = next(model.parameters()).device, model.observation_dim
     if x.ndim != 2 or x.shape[1] != observation_dim or not len(x):
         raise ValueError(
@@ -684,6 +693,7 @@ def _check_images(model: LatentVariableModel, x: Tensor, name: str, binary: bool
         raise ValueError(
             f"{name} must hold zeros and ones, not {x.min():g} to {x.max():g}; see data.binarise"
         )
+    return x.to(next(model.parameters()).dtype)
 
 
 # --- networks from files -------------------------------------------------------------------------
