@@ -18,7 +18,6 @@ import contextlib
 import copy
 import hashlib
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, MixtureSameFamily, MultivariateNormal
@@ -711,7 +709,7 @@ def build_module(architecture: Mapping[str, object]) -> nn.Module:
     2
     """
     arguments = dict(architecture)
-    name = arguments.pop("class")
+    name = str(arguments.pop("class", None))
     homes = (models, encoders, iterative)
     kind = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
@@ -727,7 +725,8 @@ def load_module(path: str | Path, device: str | torch.device = "cpu") -> nn.Modu
         instance ``{"class": "ConvBernoulli", "latent_dim": 32}``.
     :param device: where to put it.
     :raises FileNotFoundError: if there is no such file.
-    :raises amortised.results.ResultError: if it is damaged, or of something else.
+    :raises amortised.results.ResultError: if it is damaged, of something else, or of another run
+        than its name says; nothing large has been made then.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -737,12 +736,17 @@ def load_module(path: str | Path, device: str | torch.device = "cpu") -> nn.Modu
     ...     load_module(path).latent_dim
     2
     """
-    path = Path(path)
+    tensors, architecture, _ = results.read_weights(path)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            architecture = json.loads(file.metadata()["amortised"])["architecture"]
+        with torch.device("meta"):  # takes no memory, however large
+            outline = build_module(architecture).state_dict()
+        sizes = [sum(tensor.numel() for tensor in tree.values()) for tree in (outline, tensors)]
+        if sizes[0] != sizes[1]:
+            raise ValueError("its architecture has {:,} numbers, the file {:,}".format(*sizes))
         module = build_module(architecture)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise results.ResultError(f"{path} is damaged or of something else: {error}") from error
+    is_wide = any(tensor.dtype == torch.float64 for tensor in tensors.values())
+    module = module.double() if is_wide else module
     results.load_weights(path, module, architecture)
     return module.to(device)

@@ -116,11 +116,11 @@ def state_of(experiment: Experiment, root: Path | None = None) -> State:
         except results.ResultError as error:
             damage = " ".join(str(error).split())
     if found is not None and _is_of(found, specification):
-        kept = [_kept_weights(experiment, role, root) for role in specification["keep"]]
-        lacking = [weights.name for weights in kept if not weights.is_file()]
-        if found["status"] == "failed" or not lacking:
+        roles = () if found["status"] == "failed" else specification["keep"]
+        kept = [_kept_weights(experiment, role, root) for role in roles]
+        damage = next(filter(None, (_damage(path, specification) for path in kept)), None)
+        if damage is None:
             return State(found["status"], found)
-        damage = f"weights are missing: {', '.join(lacking)}"
     folder = run_folder(experiment, root)
     if any(path.suffix in (".stage", ".safetensors", ".previous") for path in folder.glob("*")):
         return State("partial", found, damage)
@@ -133,6 +133,19 @@ def _is_of(found: Mapping, specification: Mapping) -> bool:
     same = runs.identity(found) == runs.identity(specification)
     stated = found.get("details", {}).get("builds_on")
     return same and stated == (built_on and runs.identity(built_on))
+
+
+def _damage(weights: Path, specification: Mapping) -> str | None:
+    """What is wrong with weights that a run keeps."""
+    if not weights.is_file():
+        return f"weights are missing: {weights.name}"
+    try:
+        details = results.read_weights(weights).details
+    except results.ResultError as error:
+        return " ".join(str(error).split())
+    is_known = "recipe_version" in details  # or the weights are from before there were recipes
+    same = not is_known or runs.identity(details) == runs.identity(specification)
+    return None if same else f"weights are of other options: {weights.name}"
 
 
 def _kept_weights(experiment: Experiment, role: str, root: Path) -> Path:

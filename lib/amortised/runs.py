@@ -193,7 +193,7 @@ def _train(run: Run, spec: Mapping[str, object], facts: Mapping[str, object]) ->
         architectures = {role: ARCHITECTURES.get(kind) for role, kind in kinds.items()}
     for role, architecture in architectures.items():
         if role in training.networks:
-            details = {**spec, "provenance": facts}
+            details = {**spec, "role": role, "provenance": facts}
             path = folder / f"{role}.safetensors"
             network = training.networks[role]
             results.save_weights(path, network, architecture, details, dtype=torch.float16)

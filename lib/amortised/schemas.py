@@ -204,6 +204,8 @@ class ResultRecord(Strict):
     details: dict[str, Any] = {}
     #: Digest of the safetensors file, null if there is none.
     per_image_sha256: str | None = None
+    #: Digest of the JSON with 64 zeros in its place, see :mod:`amortised.results`.
+    sha256: Sha256 = "0" * 64
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
