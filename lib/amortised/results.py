@@ -187,10 +187,15 @@ def config_hash(config: Mapping) -> str:
 
 
 def _git(*words: str) -> str | None:
-    """Output of a git command in the repository, or ``None`` where that is no git checkout."""
+    """Output of a git command in the repository, or ``None`` where that is no git checkout.
+
+    A variable such as ``GIT_DIR`` would have git answer for another repository.
+    """
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     command = ["git", "-C", str(data_folder().parent), *words]
     try:
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+        done = subprocess.check_output(command, stderr=subprocess.DEVNULL, env=variables)
+        return done.decode(errors="replace").strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -200,7 +205,9 @@ def _device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     if device.type == "cpu" and cpuinfo.is_file():
-        names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        names = re.findall(
+            r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE
+        )
         return names[0].strip() if names else platform.machine()
     return platform.processor() or device.type
 
@@ -266,18 +273,22 @@ def result_path(root: str | Path, study: str, row: str, scale: str, seed: int) -
     return Path(root) / study / f"{row}-{scale}-seed{seed}.json"
 
 
-_BLANK = "0" * 64  # in the place of a digest while it is taken
+_BLANK = b"0" * 64  # in the place of a digest while it is taken
+
+
+def _hex(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 def _sealed(content: bytes) -> bytes:
     """The content with its digest in the place of the first 64 zeros."""
-    return content.replace(_BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
+    return content.replace(_BLANK, _hex(content), 1)
 
 
 def _check_seal(content: bytes, digest: object) -> None:
     """Raise :class:`ResultError` unless ``digest``, which the content states, is its own."""
-    blank = content.replace(str(digest).encode(), _BLANK.encode(), 1)
-    if hashlib.sha256(blank).hexdigest() != digest:
+    stated = str(digest).encode()
+    if _hex(content.replace(stated, _BLANK, 1)) != stated:
         raise ResultError("its digest is not that of its content: it was edited or is damaged")
 
 
@@ -352,7 +363,8 @@ def save_result(
     ...     path.name, load_result(path).per_image["elbo"].tolist()
     ('vae-smoke-seed0.json', [-90.0, -92.0])
     """
-    record = {"sha256": _BLANK} | {**record, "sha256": _BLANK, "per_image_sha256": None}
+    blank = {"sha256": _BLANK.decode()}
+    record = blank | {**record, **blank, "per_image_sha256": None}
     check_result(record, per_image)
     path = result_path(root, *(record[key] for key in ("study", "row", "scale", "seed")))
     values = path.with_suffix(".safetensors")
@@ -484,7 +496,7 @@ def save_weights(
             f"weights are not finite as {dtype or 'they are'}: {', '.join(bad)}; nothing is saved"
         )
     described = {"architecture": dict(architecture), "details": dict(details or {})}
-    described[_SEAL] = _BLANK
+    described[_SEAL] = _BLANK.decode()
     content = safetensors.torch.save(
         {name: value.contiguous().clone() for name, value in tensors.items()},
         metadata={"amortised": _canonical_json(described, "metadata")},
@@ -528,7 +540,7 @@ def read_weights(path: str | Path) -> Weights:
         beside = path.with_name(f"{path.name}.sha256")
         if _SEAL in stored:
             _check_seal(content, stored[_SEAL])
-        elif beside.is_file() and beside.read_text() != hashlib.sha256(content).hexdigest() + "\n":
+        elif beside.is_file() and beside.read_bytes().strip() != _hex(content):
             raise ResultError(f"its digest is not that of {beside.name}")
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ResultError(f"{path} is damaged or not of this project: {error!r}") from error
