@@ -16,6 +16,7 @@ import json
 import keyword
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -47,7 +48,7 @@ KERNEL_ENVIRONMENT = {
     "JUPYTER_PATH": "",
     "JUPYTER_CONFIG_DIR": str(CACHE / "jupyter"),
     "JUPYTER_DATA_DIR": str(CACHE / "jupyter"),
-    "JUPYTER_RUNTIME_DIR": str(CACHE / "jupyter" / "runtime"),
+    "JUPYTER_RUNTIME_DIR": str(CACHE / "jupyter"),
     "MPLCONFIGDIR": str(CACHE / "matplotlib"),
     "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "torchinductor"),
     "PYTHONUTF8": "1",
@@ -84,9 +85,14 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def execute(source: Path, parameters: dict, partial: Path | None = None) -> nbformat.NotebookNode:
     """Run the chapter in a fresh kernel; raise :class:`PapermillExecutionError` if a cell fails."""
     short = tempfile.gettempdir() if len(tempfile.gettempdir()) <= LONGEST_TMPDIR else "/tmp"
-    with tempfile.TemporaryDirectory(dir=short) as scratch:
+    for stale in Path(short).glob("amortised-*-*"):  # of a process that was killed
+        if not is_running(int(stale.name.split("-")[1])):
+            shutil.rmtree(stale, ignore_errors=True)
+    prefix = f"amortised-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(dir=short, prefix=prefix) as scratch:
         # Sockets in files of our own: two kernels that start together cannot race for one port.
-        sockets = {"transport": "ipc", "ip": f"{scratch}/kernel"}
+        files = {"connection_file": f"{scratch}/kernel.json"}
+        files |= {"transport": "ipc", "ip": f"{scratch}/kernel"}
         notebook = papermill.execute_notebook(
             read_chapter(source),
             partial,
@@ -95,7 +101,7 @@ def execute(source: Path, parameters: dict, partial: Path | None = None) -> nbfo
             progress_bar=False,
             request_save_on_cell_execute=False,
             coalesce_streams=True,
-            config=Config(KernelManager=sockets),
+            config=Config(KernelManager=files),
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
     if parameters:
@@ -104,6 +110,16 @@ def execute(source: Path, parameters: dict, partial: Path | None = None) -> nbfo
             if "parameters" in cell.metadata.tags:
                 cell.metadata.tags.append("remove-cell")
     return clean(notebook)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -168,7 +184,7 @@ def main() -> int:
     # A build that was killed may have left an execution of this chapter behind: let it end first.
     lock = CACHE / "locks" / re.sub(r"\W+", "-", str(output))
     with hold(lock, f"executing {source.stem}"):
-        for stale in output.parent.glob(f".{output.name}.*"):  # of a process that was killed
+        for stale in output.parent.glob(f".{output.name}.[0-9]*"):  # likewise
             stale.unlink()
         started = time.monotonic()
         try:

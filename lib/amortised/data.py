@@ -625,7 +625,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     :param arguments: words after the program's name; ``None`` takes those of the process.
     :returns: exit status: 0, 1 if a file is damaged or cannot be fetched or an embedded one is
-        missing, or 2 if a name is unknown.
+        missing, or 2 if a name is unknown or the registry departs from its format.
 
     >>> main(["list", "mnist"])
     mnist         embedded  11.6 MB  CC BY-SA 3.0...

@@ -615,8 +615,7 @@ def _prepare(
 def _one_for_each(model: LatentVariableModel, x: Tensor, proposal: Proposal) -> Distribution:
     """The proposal at x, checked to give one density of latents for each observation."""
     if not callable(proposal) or isinstance(proposal, LatentVariableModel):
-        kind = type(proposal).__name__
-        raise ValueError(f"a proposal maps x to a distribution of z, as an encoder; got a {kind}")
+        raise ValueError(f"a proposal maps x to a law of z; a {type(proposal).__name__} does not")
     q = proposal(x)
     check_proposal(q, x)
     shape = tuple(getattr(q, "event_shape", (model.latent_dim,)))

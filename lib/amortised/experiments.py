@@ -117,7 +117,7 @@ def state_of(experiment: Experiment, root: Path | None = None) -> State:
             damage = " ".join(str(error).split())
     if found is not None and _is_of(found, specification):
         roles = () if found["status"] == "failed" else specification["keep"]
-        kept = [_kept_weights(experiment, role, root) for role in roles]
+        kept = (_kept_weights(experiment, role, root) for role in roles)
         damage = next(filter(None, (_damage(path, specification) for path in kept)), None)
         if damage is None:
             return State(found["status"], found)
@@ -140,7 +140,7 @@ def _damage(weights: Path, specification: Mapping) -> str | None:
     if not weights.is_file():
         return f"weights are missing: {weights.name}"
     try:
-        details = results.read_weights(weights).details
+        details = results.read_weights(weights)[2]
     except results.ResultError as error:
         return " ".join(str(error).split())
     is_known = "recipe_version" in details  # or the weights are from before there were recipes

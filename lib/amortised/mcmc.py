@@ -17,7 +17,6 @@ number, and is rejected.
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable
 from functools import partial
@@ -439,10 +438,7 @@ def _accept(
 
 
 def _check_step_size(step_size: float | Tensor) -> None:
-    if isinstance(step_size, Tensor):
-        is_valid = bool(((step_size > 0) & (step_size < torch.inf)).all())
-    else:
-        is_number = isinstance(step_size, numbers.Real) and not isinstance(step_size, bool)
-        is_valid = is_number and 0 < step_size < math.inf
-    if not is_valid:
+    is_number = isinstance(step_size, Tensor | numbers.Real) and not isinstance(step_size, bool)
+    steps = torch.as_tensor(step_size if is_number else torch.nan)
+    if not ((steps > 0) & (steps < torch.inf)).all():
         raise ValueError(f"step_size must be positive and finite; got {step_size!r}")

@@ -193,10 +193,10 @@ def pq_loss(encoder: Callable[[Tensor], Distribution], x: Tensor, z: Tensor) -> 
     >>> pq_loss(model.posterior, x, z)  # log(pi) / 2
     tensor([0.5724], grad_fn=...)
     """
-    _check_not_empty(x)
-    if x.shape[:-1] != z.shape[:-1]:
+    if x.shape[:-1] != z.shape[:-1] or not x.numel():
         raise ValueError(
-            f"x and z must agree in their batch shape; got {tuple(x.shape)} and {tuple(z.shape)}"
+            "x and z must agree in their batch shape, and not be empty; got "
+            f"{tuple(x.shape)} and {tuple(z.shape)}"
         )
     return -encoder(x.detach()).log_prob(z.detach())
 
@@ -309,11 +309,6 @@ def _fixed_samples(q: Distribution, x: Tensor, num_samples: int) -> tuple[Tensor
         return z, q.log_prob(z)
 
 
-def _check_not_empty(x: Tensor) -> None:
-    if not x.numel():
-        raise ValueError(f"x must hold an observation at least; got shape {tuple(x.shape)}")
-
-
 def check_proposal(q: Distribution, x: Tensor) -> None:
     """Check that there are observations, and one distribution for each.
 
@@ -324,16 +319,14 @@ def check_proposal(q: Distribution, x: Tensor) -> None:
     >>> check_proposal(torch.zeros(5, 2), torch.zeros(5, 784))
     Traceback (most recent call last):
         ...
-    ValueError: q must be a distribution with a density; a Tensor lacks sample, ...
+    ValueError: q must be a distribution with a density; a Tensor is none
     """
-    _check_not_empty(x)
     has_parts = all(hasattr(q, name) for name in ("sample", "log_prob", "batch_shape"))
     if not has_parts or type(q).log_prob is Distribution.log_prob:
-        lacks = f"a {type(q).__name__} lacks sample, log_prob or batch_shape"
-        raise ValueError(f"q must be a distribution with a density; {lacks}")
-    if q.batch_shape != x.shape[:-1]:
+        raise ValueError(f"q must be a distribution with a density; a {type(q).__name__} is none")
+    if q.batch_shape != x.shape[:-1] or not x.numel():
         raise ValueError(
-            "q must have one distribution per observation: its batch shape is "
+            "q must have one distribution per observation, and at least one: its batch shape is "
             f"{tuple(q.batch_shape)}, and x has shape {tuple(x.shape)}"
         )
 

@@ -504,24 +504,12 @@ def save_weights(
     atomic_write(path, _sealed(content))
 
 
-class Weights(NamedTuple):
-    """What a file of weights holds.
-
-    :ivar tensors: by their names in the module.
-    :ivar architecture: what one needs to build the module.
-    :ivar details: whatever else was saved.
-    """
-
-    tensors: dict[str, Tensor]
-    architecture: dict
-    details: dict
-
-
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict, dict]:
     """Read a file of :func:`save_weights`, and check that it is whole and under its own name.
 
     :param path: the file. One from before there were seals may have its digest beside it, in a file
         of the same name and ``.sha256``.
+    :returns: the tensors by their names in the module, the architecture, and the details.
     :raises FileNotFoundError: if there is no such file.
     :raises ResultError: if a bit of it has changed, or it is of another run than its name says.
 
@@ -536,7 +524,7 @@ def read_weights(path: str | Path) -> Weights:
         stored = json.loads(header["__metadata__"]["amortised"])
         if stored.keys() - {_SEAL} != {"architecture", "details"}:
             raise ResultError(f"its parts are {', '.join(stored)}")
-        found = Weights(tensors, dict(stored["architecture"]), dict(stored["details"]))
+        architecture, details = dict(stored["architecture"]), dict(stored["details"])
         beside = path.with_name(f"{path.name}.sha256")
         if _SEAL in stored:
             _check_seal(content, stored[_SEAL])
@@ -546,10 +534,10 @@ def read_weights(path: str | Path) -> Weights:
         raise ResultError(f"{path} is damaged or not of this project: {error!r}") from error
     claim = _RUN_NAME.search(path.absolute().as_posix())
     for name, text in claim.groupdict().items() if claim else ():
-        own = str(found.details.get(name, text))
+        own = str(details.get(name, text))
         if text not in (None, own):
             raise ResultError(f"{path} holds weights whose {name} is {own}, by their own account")
-    return found
+    return tensors, architecture, details
 
 
 def load_weights(path: str | Path, module: nn.Module, architecture: Mapping) -> dict:
@@ -662,7 +650,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence], decimals: in
     """A table that a notebook renders: the last expression of a cell is enough.
 
     :param header: titles of the columns.
-    :param rows: cells of each row. Text and integers appear as they are, floats with ``decimals``
+    :param rows: cells of each row. Text and integers appear as they are (Markdown, in which no tag
+        of HTML is live), floats with ``decimals``
         decimals, an :class:`Estimate` or a metric ``{mean, se, n}`` of a result as
         ``mean ± se``, and ``None`` as a dash.
     :param decimals: digits after the point.
@@ -690,6 +679,16 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence], decimals: in
     return Table("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
+def plain(text: str) -> str:
+    """Text from data as Markdown that shows it letter by letter, whatever it holds.
+
+    >>> plain("<script>`x`</script> | Xeon(R)")
+    '&#60;script&#62;&#96;x&#96;&#60;/script&#62; &#124; Xeon(R)'
+    """
+    text = " ".join(text.split())
+    return re.sub(r"[<>&`*_$|{}\[\]\\]", lambda found: f"&#{ord(found[0])};", text)
+
+
 def _cell(value: object, decimals: int) -> str:
     if value is None:
         return "–"
@@ -699,4 +698,4 @@ def _cell(value: object, decimals: int) -> str:
         return format_estimate(value["mean"], value["se"], decimals)
     if isinstance(value, float):
         return format_estimate(value, decimals=decimals)
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

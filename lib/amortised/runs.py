@@ -140,8 +140,7 @@ def _checked(folder: Path) -> dict:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}/run.json is not that of a run: {error!r}") from None
     if not is_known or own != folder.absolute().name:
-        what = f"by its content the run is {own}, with recipe {spec['recipe']!r}"
-        raise ValueError(f"{folder}/run.json was edited or is in another folder: {what}")
+        raise ValueError(f"{folder}/run.json is that of {own}, recipe {spec['recipe']!r}")
     return spec
 
 

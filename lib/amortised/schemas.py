@@ -101,7 +101,8 @@ def _models(kind: Any) -> list[type[BaseModel]]:
 # --- data sets -----------------------------------------------------------------------------------
 
 PlainName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
-Address = Annotated[str, Field(pattern=r"^https://\S+/$")]
+# Encrypted, or on this machine.
+Address = Annotated[str, Field(pattern=r"^(https://|http://(localhost|127\.0\.0\.1):)\S+/$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
