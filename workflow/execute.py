@@ -162,19 +162,20 @@ def check_places(source: Path, *outputs: Path | None) -> None:
             raise ValueError(f"output {path} {what}")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="a chapter, notebooks/NN_slug.py")
     parser.add_argument("output", type=Path, nargs="?", help="default: the .ipynb beside it")
     parser.add_argument("--parameters", type=Path, help="a YAML file of parameters")
     parser.add_argument("--timing", type=Path, help="write the wall time here, as JSON")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     os.environ.update(KERNEL_ENVIRONMENT)
-    source = arguments.source
-    output = (arguments.output or source.with_suffix(".ipynb")).resolve()
+    source = options.source
     try:
-        check_places(source, output, arguments.timing)
-        parameters = read_parameters(arguments.parameters) if arguments.parameters else {}
+        check_places(source)
+        output = (options.output or source.with_suffix(".ipynb")).resolve()
+        check_places(source, output, options.timing)
+        parameters = read_parameters(options.parameters) if options.parameters else {}
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -203,9 +204,9 @@ def main() -> int:
         failed.unlink(missing_ok=True)
         write_text(output, nbformat.writes(notebook) + "\n")
         seconds = time.monotonic() - started
-        if arguments.timing:
+        if options.timing:
             record = {"chapter": source.stem, "seconds": round(seconds, 1), "finished": time.time()}
-            write_text(arguments.timing, json.dumps(record) + "\n")
+            write_text(options.timing, json.dumps(record) + "\n")
     print(f"{source.stem:<24} executed in {seconds:5.1f} s", flush=True)
     return 0
 

@@ -195,7 +195,7 @@ def pq_loss(encoder: Callable[[Tensor], Distribution], x: Tensor, z: Tensor) -> 
     """
     if x.shape[:-1] != z.shape[:-1] or not x.numel():
         raise ValueError(
-            "x and z must agree in their batch shape, and not be empty; got "
+            "x and z must not be empty, and agree in their batch shape; got "
             f"{tuple(x.shape)} and {tuple(z.shape)}"
         )
     return -encoder(x.detach()).log_prob(z.detach())
