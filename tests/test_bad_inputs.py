@@ -23,6 +23,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save
+from torch import nn
 from torch.distributions import Independent, Normal
 
 from amortised import (
@@ -199,6 +200,10 @@ FUNCTIONS += rows(
     ("start of another size", lambda: evaluation.hais_ll(
         DECODER, DIGITS, start=encoders.GaussianEncoder(3)), "has latents [2], the proposal [3]"),
     ("start is a decoder", lambda: evaluation.hais_ll(DECODER, DIGITS, start=DECODER), "law of z"),
+    ("dropout", lambda: evaluation.hais_ll(models.BernoulliDecoder(
+        nn.Sequential(nn.Linear(2, 784), nn.Dropout()), 2, 784), DIGITS), "call model.eval()"),
+    ("batch norm", lambda: evaluation.hais_ll(models.BernoulliDecoder(
+        nn.Sequential(nn.Linear(2, 784), nn.BatchNorm1d(784)), 2, 784), DIGITS), "BatchNorm1d is"),
     ("grey images", lambda: evaluation.hais_ll(DECODER, DIGITS + 0.5), "must hold zeros and ones"),
     ("flat images", lambda: evaluation.hais_ll(DECODER, DIGITS[0]), "must be [N, 784]"),
     ("square images", lambda: evaluation.hais_ll(

@@ -733,6 +733,18 @@ def test_markdown_table_formats_each_kind_of_cell():
     assert results.markdown_table(["a"], [[1.25]], decimals=1).endswith("| 1.2 |")
 
 
+def test_no_text_in_a_table_is_a_live_tag():
+    table = results.markdown_table(["<b>", "c"], [["<script>alert(1)</script>", 1]])
+    assert "<" not in table and "&lt;script>" in table
+
+
+def test_the_commit_is_that_of_this_repository_whatever_git_is_told(tmp_path, monkeypatch):
+    expected = results.provenance(started=0.0)["commit"]
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path))
+    assert results.provenance(started=0.0)["commit"] == expected
+
+
 def test_markdown_table_refuses_a_ragged_row():
     with pytest.raises(ValueError, match=r"row 1 has 1 cells, the header 2: \['x'\]"):
         results.markdown_table(["a", "b"], [[1, 2], ["x"]])

@@ -41,6 +41,7 @@ from .training import fit, gradient_step, half_cosine
 
 BLOCK_SIZE = 100  # images that share a random stream, hence also what is kept or lost as one
 
+_NOISY = nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm  # unless they are told
 _PAIRS_PER_STEP = 5  # of opposite draws, behind each natural gradient
 _SAMPLES_PER_DRAW = 25  # importance samples drawn at once; part of what the random stream means
 
@@ -679,6 +680,9 @@ def _annealing(choices: Mapping[str, object]) -> Annealing:
 
 def _checked_images(model: LatentVariableModel, x: Tensor, name: str, binary: bool) -> Tensor:
     """The images in the type of the model's weights, whatever their own."""
+    for part in model.modules():
+        if part.training and isinstance(part, _NOISY):
+            raise ValueError(f"the model's {type(part).__name__} is training; call model.eval()")
     device, observation_dim = next(model.parameters()).device, model.observation_dim
     if x.ndim != 2 or x.shape[1] != observation_dim or not len(x):
         raise ValueError(

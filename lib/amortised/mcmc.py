@@ -194,8 +194,8 @@ def langevin_step(
     z = z.detach() + 0.5 * step_size * grad + step_size.sqrt() * noise
     if not all_finite(z):
         raise FloatingPointError(
-            "the gradient of the log-density is not finite: unadjusted Langevin dynamics diverged; "
-            "use a smaller step_size"
+            "the chain's positions are not finite: unadjusted Langevin dynamics diverged; use a "
+            "smaller step_size"
         )
     return z
 

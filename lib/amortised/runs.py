@@ -156,13 +156,12 @@ def check_device(device: str) -> None:
 
 def _work(run: Run, spec: Mapping[str, object], training_only: bool) -> None:
     """Do the stages that are missing. A run that diverges is a result, too: it has failed."""
-    started, cpu_started = time.time(), time.process_time()
+    begun, cpu_begun = time.monotonic(), time.process_time()
     folder, recipe = run.work.folder, RECIPES[spec["recipe"]]
     is_resumed = any(folder.glob("*.stage")) or any(folder.glob("*.safetensors"))
     datasets = [run.config.get("dataset", "mnist")]
-    facts = results.provenance(
-        run.device, started=started, datasets=datasets
-    )  # of the code as read
+    # Of the code as read. Durations come from a clock that nobody sets.
+    facts = results.provenance(run.device, started=time.time(), wall_seconds=0.0, datasets=datasets)
     training = read_json(folder / "training.json")
     try:
         is_cuda = run.device.type == "cuda"  # then it is the current one: graphs are captured there
@@ -183,7 +182,8 @@ def _work(run: Run, spec: Mapping[str, object], training_only: bool) -> None:
         outcome = str(error)
         if training is None:
             write_json(folder / "training.json", {"reason": outcome})
-    cpu_seconds = None if is_resumed else round(time.process_time() - cpu_started, 1)
+    cpu_seconds = None if is_resumed else round(time.process_time() - cpu_begun, 1)
+    facts["wall_seconds"] = round(time.monotonic() - begun, 3)
     _finish(folder, spec, training or {}, outcome, facts, cpu_seconds)
 
 
