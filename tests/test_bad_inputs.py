@@ -224,7 +224,7 @@ FUNCTIONS += rows(
         PATH, Z, SETTINGS, target_acceptance=1.0), "target_acceptance must lie in (0, 1); got 1.0"),
     ("thin", lambda: mcmc.sample_chain(lambda z: z, Z, 3, thin=0), "thin must be an integer"),
     ("burn_in", lambda: mcmc.sample_chain(lambda z: z, Z, 3, burn_in=-1), "burn_in must be"),
-    ("short chain", lambda: mcmc.chain_effective_sample_size(torch.zeros(3, 1)), "at least 4"),
+    ("short chain", lambda: mcmc.split_rhat(torch.zeros(3, 1)), "at least 4 states"),
     ("baseline of one", lambda: objectives.score_function_surrogate(X[:1], X[:1]), "at least 2"),
     ("training under inference_mode", lambda: torch.inference_mode()(lambda: training.fit(
         dict, X, {}, epochs=1, batch_size=1))(), "inside torch.inference_mode()"),

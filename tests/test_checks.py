@@ -184,22 +184,6 @@ def test_ordered_wants_the_first_number_smaller():
         refused("is not smaller than", checks.ordered, a, b)
 
 
-def test_gradient_matches(capsys):
-    def f(z):
-        return -(z**4).sum(-1) + z.prod(-1)
-
-    def gradient(z):
-        return -4 * z**3 + z.flip(-1)
-
-    points = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(0))
-    checks.gradient_matches(f, gradient, points)
-    assert capsys.readouterr().out == "✓ the gradient is as expected\n"
-    assert not points.requires_grad
-    problem = (checks.gradient_matches, f, lambda z: gradient(z) + 1e-2, points)
-    refused(r"the gradient is .*\nHint: chain rule", *problem, hint="chain rule")
-    refused("shape", checks.gradient_matches, f, f, points)
-
-
 def test_log_density_normalised(capsys):
     normal = torch.distributions.Normal(torch.tensor([0.5, -1.0]), torch.tensor([1.0, 0.5]))
 

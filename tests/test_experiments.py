@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from amortised import experiments, imputation, recipes, results, runs
+from amortised import amc, experiments, imputation, results, runs
 from amortised.experiments import load_studies, select
 from amortised.files import DamagedFileError
 from amortised.schemas import FormatError
@@ -37,13 +37,13 @@ def made(tmp_path_factory, mnist_is_read_once) -> Root:
 @pytest.fixture
 def steps(monkeypatch) -> list:
     """Grows by an entry at each step of a VAE."""
-    made, real = [], recipes.amc.vae_step
+    made, real = [], amc.vae_step
 
     def step(*arguments, **settings):
         made.append(None)
         return real(*arguments, **settings)
 
-    monkeypatch.setattr(recipes.amc, "vae_step", step)
+    monkeypatch.setattr(amc, "vae_step", step)
     return made
 
 
@@ -550,7 +550,7 @@ def test_a_failure_does_not_wipe_out_what_was_found_before(made, tmp_path, capsy
     root = made.copy(tmp_path)
     files = files_below(tmp_path / "data")
     with monkeypatch.context() as patch:  # another machine, for instance
-        patch.setattr(recipes.amc, "vae_step", lambda *a, **k: {"loss": torch.tensor(torch.nan)})
+        patch.setattr(amc, "vae_step", lambda *a, **k: {"loss": torch.tensor(torch.nan)})
         assert root.main(*RUN, "--again") == 1
     assert re.search("seed0: failed, .*: step 1: loss 'loss' is nan", capsys.readouterr().out)
     assert files_below(tmp_path / "data") == files and root.state().word == "done"

@@ -10,6 +10,7 @@ from amortised.cuda import CapturedFunction
 from amortised.experiments import load_studies, select
 from amortised.fast import RefreshedLikelihood
 from amortised.numerics import argument_validation
+from amortised.recipes import amortised_mcmc
 
 NUM_STEPS, BATCH = 100, 8
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -64,7 +65,9 @@ def test_a_captured_step_looks_at_no_value(row, monkeypatch):
     """Tensors on the meta device have shapes and no values, so that looking at one is an error."""
     for module in (adversarial, fast, numerics):
         monkeypatch.setattr(module, "is_capturing", lambda: True)
-    monkeypatch.setattr(recipes, "RefreshedLikelihood", partial(RefreshedLikelihood, route="dense"))
+    monkeypatch.setattr(
+        amortised_mcmc, "RefreshedLikelihood", partial(RefreshedLikelihood, route="dense")
+    )
     # Normal.sample checks its scales where Python does not see it.
     monkeypatch.delattr(torch, "normal")
     step, _ = step_of(row, torch.device("meta"))

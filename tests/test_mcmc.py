@@ -9,7 +9,6 @@ import torch
 from amortised.mcmc import (
     ChainState,
     LeapfrogState,
-    chain_effective_sample_size,
     hmc_step,
     init_state,
     langevin_step,
@@ -294,18 +293,6 @@ def test_sample_chain_thins_and_burns():
     assert chain.samples.flatten().tolist() == [5, 7, 9] and chain.acceptance_rate is None
 
 
-def test_chain_effective_sample_size_of_an_autoregression():
-    """An AR(1) chain with coefficient a has N (1 - a) / (1 + a) effective samples."""
-    coefficient, num_samples = 0.8, 200_000
-    noise = normal(num_samples, 2) * math.sqrt(1 - coefficient**2)
-    chain = torch.empty_like(noise)
-    chain[0] = normal(2, seed=9)
-    for t in range(1, num_samples):
-        chain[t] = coefficient * chain[t - 1] + noise[t]
-    expected = num_samples * (1 - coefficient) / (1 + coefficient)
-    assert (chain_effective_sample_size(chain) / expected - 1).abs().max() < 0.1
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -314,7 +301,6 @@ def test_chain_effective_sample_size_of_an_autoregression():
         (lambda: hmc_step(torch.zeros(1, 1), standard, 0.1, 0), "num_steps must be an integer"),
         (lambda: leapfrog(torch.zeros(1), torch.zeros(1), standard, 0.1, -1), "num_steps"),
         (lambda: sample_chain(lambda z: z, torch.zeros(1), 0), "num_samples must be an integer"),
-        (lambda: chain_effective_sample_size(torch.zeros(3, 1)), "at least 4 samples"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

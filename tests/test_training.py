@@ -121,13 +121,12 @@ def test_the_order_of_the_examples_is_a_function_of_the_seed_and_the_epoch(seed)
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(10)) and orders[0] != orders[1]
 
 
-def test_the_history_has_each_step_and_epoch_means():
+def test_the_history_has_each_step():
     losses = itertools.count()
     step = lambda x: {"loss": torch.tensor(float(next(losses))), "other": 2.0}  # noqa: E731
     result = fit(step, torch.zeros(7, 1), {}, epochs=2, batch_size=2)
     assert result.history["loss"].tolist() == [0, 1, 2, 3, 4, 5]
     assert result.history["other"].tolist() == [2] * 6
-    assert result.epoch_means("loss").tolist() == [1, 4]
     assert (result.num_steps, result.steps_per_epoch) == (6, 3) and result.seconds > 0
 
 

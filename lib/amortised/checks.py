@@ -267,33 +267,6 @@ def ordered(smaller: float, larger: float, *, label: str = "the order", hint: st
     print(f"✓ {label} is as expected")
 
 
-def gradient_matches(
-    function: Callable[[Tensor], Tensor],
-    gradient: Callable[[Tensor], Tensor],
-    at: Tensor,
-    *,
-    atol: float = 1e-5,
-    rtol: float = 1e-4,
-    label: str = "the gradient",
-    hint: str = "",
-) -> None:
-    """Check a hand-written gradient against automatic differentiation.
-
-    :param function: maps points ``[..., D]`` to values ``[...]``, each value a function of its own
-        point alone.
-    :param gradient: maps points ``[..., D]`` to gradients ``[..., D]``.
-    :param at: the points, ``[..., D]``.
-    :raises AssertionError: if the two gradients differ.
-
-    >>> points = torch.tensor([[0.5, -1.0], [2.0, 0.0]])
-    >>> gradient_matches(lambda z: -0.5 * (z**2).sum(-1), lambda z: -z, points)
-    ✓ the gradient is as expected
-    """
-    leaf = at.detach().clone().requires_grad_(True)
-    (expected,) = torch.autograd.grad(function(leaf).sum(), leaf)
-    close(gradient(at.detach()), expected, atol=atol, rtol=rtol, label=label, hint=hint)
-
-
 def log_density_normalised(
     log_density_fn: Callable[[Tensor], Tensor],
     lower: float,

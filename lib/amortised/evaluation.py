@@ -356,7 +356,6 @@ def fit_gaussian_proposal(
     (torch.Size([64]), True, None)
     """
     images = _checked_images(model, images, "images", binary=False)
-    check_seed(seed)
     block = _Block(seed, 0, slice(0, len(images)), images.device)
     frozen = copy.deepcopy(model).requires_grad_(False)
     with block.seeding_all("proposal"):
@@ -567,6 +566,7 @@ class _Block(NamedTuple):
     device: torch.device
 
     def seed_of(self, purpose: str) -> int:
+        check_seed(self.seed)
         digest = hashlib.sha256(f"{self.seed}, {purpose}, {self.number}".encode()).digest()
         return int.from_bytes(digest[:8], "little") >> 1
 
@@ -629,7 +629,6 @@ def _one_for_each(model: LatentVariableModel, x: Tensor, proposal: Proposal) -> 
 
 
 def _blocks(num_images: int, seed: int, device: torch.device) -> list[_Block]:
-    check_seed(seed)
     edges = [*range(0, num_images, BLOCK_SIZE), num_images]
     images = [slice(first, stop) for first, stop in itertools.pairwise(edges)]
     return [_Block(seed, number, part, device) for number, part in enumerate(images)]

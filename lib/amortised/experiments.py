@@ -143,8 +143,8 @@ def _damage(weights: Path, specification: Mapping) -> str | None:
         details = results.read_weights(weights)[2]
     except results.ResultError as error:
         return " ".join(str(error).split())
-    is_known = "recipe_version" in details  # or the weights are from before there were recipes
-    same = not is_known or runs.identity(details) == runs.identity(specification)
+    # There are weights from before there were recipes.
+    same = "recipe_version" not in details or runs.identity(details) == runs.identity(specification)
     return None if same else f"weights are of other options: {weights.name}"
 
 

@@ -327,37 +327,6 @@ def sample_chain(
     return SampledChain(torch.stack(kept), rate)
 
 
-def chain_effective_sample_size(samples: Tensor) -> Tensor:
-    r"""Effective sample size of each chain and coordinate, from its autocorrelations.
-
-    .. math:: \mathrm{ESS} = \frac{N}{1 + 2 \sum_{t \ge 1} \rho_t}
-
-    The sum is cut by Geyer's initial monotone sequence: sums of adjacent pairs of autocorrelations
-    are kept while they are positive, and made non-increasing.
-
-    :param samples: ``[N, ..., D]``, N at least 4, successive states along the first dimension.
-    :return: ``[..., D]``; values above N mean antithetic chains. A constant chain gives ``nan``.
-
-    Source: Geyer (1992), section 3.3.
-
-    >>> generator = torch.Generator().manual_seed(0)
-    >>> independent = torch.randn(4000, 1, generator=generator)
-    >>> bool(3500 < chain_effective_sample_size(independent) < 4500)
-    True
-    """
-    num_samples = samples.shape[0]
-    if num_samples < 4:
-        raise ValueError(f"an autocorrelation needs at least 4 samples; got {num_samples}")
-    centred = (samples - samples.mean(0)).double()
-    spectrum = torch.fft.rfft(centred, n=2 * num_samples, dim=0).abs().square()
-    autocovariance = torch.fft.irfft(spectrum, n=2 * num_samples, dim=0)[:num_samples]
-    correlation = autocovariance / autocovariance[0]
-    pairs = correlation[: num_samples // 2 * 2].unflatten(0, (-1, 2)).sum(1)
-    positive = (pairs > 0).to(pairs.dtype).cumprod(0)
-    monotone = torch.cummin(pairs, dim=0).values * positive
-    return num_samples / (2.0 * monotone.sum(0) - 1.0)
-
-
 def split_rhat(samples: Tensor) -> Tensor:
     r"""Rank-normalised split :math:`\hat R`: do chains agree with each other, and halves of chains?
 

@@ -363,8 +363,7 @@ def save_result(
     ...     path.name, load_result(path).per_image["elbo"].tolist()
     ('vae-smoke-seed0.json', [-90.0, -92.0])
     """
-    blank = {"sha256": _BLANK.decode()}
-    record = blank | {**record, **blank, "per_image_sha256": None}
+    record = {"sha256": ""} | {**record, "sha256": _BLANK.decode(), "per_image_sha256": None}
     check_result(record, per_image)
     path = result_path(root, *(record[key] for key in ("study", "row", "scale", "seed")))
     values = path.with_suffix(".safetensors")

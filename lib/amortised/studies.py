@@ -65,7 +65,7 @@ class MinibatchOptions(Strict):
 
 
 class TrainingOptions(MinibatchOptions):
-    """Options of training and of :func:`amortised.recipes.evaluate_decoder`."""
+    """Options of training and of :func:`amortised.recipes.autoencoders.evaluate_decoder`."""
 
     #: Samples of the encoder for each image.
     num_student_samples: PositiveInt
@@ -96,7 +96,7 @@ class _DrawnImagesOptions(Strict):
 
 
 class _MethodOptions(MinibatchOptions):
-    """Options of :func:`amortised.recipes.amc_training`."""
+    """Options of :func:`amortised.recipes.amortised_mcmc.amc_training`."""
 
     num_student_samples: PositiveInt
     method: Literal["vae", "mcmc_vi", "amc", "avb", "persistent", "short_run"]
@@ -136,11 +136,11 @@ class _MethodOptions(MinibatchOptions):
 
 
 class AmcOptions(_MethodOptions, TrainingOptions):
-    """Options of :func:`amortised.recipes.amc_training` and its evaluation."""
+    """Options of :func:`amortised.recipes.amortised_mcmc.amc_training` and its evaluation."""
 
 
 class DistillationOptions(_MethodOptions, _DrawnImagesOptions):
-    """Options of :func:`amortised.recipes.distillation_training` and its evaluation."""
+    """Options of :func:`.recipes.amortised_mcmc.distillation_training`, and its evaluation."""
 
     discriminator_learning_rate: Positive
     #: Share of the updates over which the divergence of a VAE's bound is warmed up.
@@ -181,13 +181,34 @@ class DistillationOptions(_MethodOptions, _DrawnImagesOptions):
 
 
 class VaeOptions(TrainingOptions):
-    """Options of :func:`amortised.recipes.vae_training`."""
+    """Options of :func:`amortised.recipes.autoencoders.vae_training`."""
 
     objective: Literal["elbo", "iwae", "dreg"]
 
 
+class ObjectiveOptions(MinibatchOptions, _DrawnImagesOptions):
+    """Options of :func:`amortised.recipes.autoencoders.vae_training` and its evaluation."""
+
+    objective: Literal["elbo", "iwae", "dreg"]
+    num_student_samples: PositiveInt
+    output_bias: Literal["drawn", "data"]
+    """Of the decoder at the start: as PyTorch draws it, or the logit of the mean pixel."""
+    kl_warmup: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+    held_out: Literal["test", "validation"]
+    num_samples: PositiveInt
+    hais_images: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        if self.kl_warmup > 0 and self.objective != "elbo":
+            raise ValueError(f"kl_warmup = {self.kl_warmup} belongs to objective = 'elbo'")
+        if self.hais_images > self.images:
+            raise ValueError(f"hais_images = {self.hais_images} is more than images")
+        return self
+
+
 class TeacherOptions(MinibatchOptions, _DrawnImagesOptions):
-    """Options of :func:`amortised.recipes.teacher_training` and its evaluation."""
+    """Options of :func:`amortised.recipes.amortised_mcmc.teacher_training` and its evaluation."""
 
     start: str = Field(pattern=r"^\w+/\w+-\w+-seed\d+$")
     """Weights of ``data/models`` to start from, decoder and encoder."""
@@ -212,7 +233,7 @@ class TeacherOptions(MinibatchOptions, _DrawnImagesOptions):
 
 
 class PathOptions(Strict):
-    """Options of :func:`amortised.recipes.build_path`."""
+    """Options of :func:`amortised.recipes.chain_bounds.build_path`."""
 
     path: PathName
     num_steps: NonNegativeInt
@@ -246,14 +267,14 @@ class PathOptions(Strict):
 
 
 class PathVaeOptions(PathOptions, MinibatchOptions, _DrawnImagesOptions):
-    """Options of :func:`amortised.recipes.path_training` and its evaluation."""
+    """Options of :func:`amortised.recipes.chain_bounds.path_training` and its evaluation."""
 
     encoder: Literal["gaussian", "gaussian_wide"]
     held_out: Literal["test", "validation"]
 
 
 class TargetOptions(PathOptions):
-    """Options of :func:`amortised.recipes.evaluate_target`."""
+    """Options of :func:`amortised.recipes.chain_bounds.evaluate_target`."""
 
     target: TargetName
     start: str = Field(pattern=r"^\w+/\w+-\w+-seed\d+$")
@@ -269,7 +290,7 @@ class TargetOptions(PathOptions):
 
 
 class ImputationOptions(Strict):
-    """Options of :func:`amortised.recipes.evaluate_imputation`."""
+    """Options of :func:`amortised.recipes.amortised_mcmc.evaluate_imputation`."""
 
     #: With ``trained``: the row whose weights, of the same scale and seed, are used.
     trained_study: Name
@@ -284,7 +305,7 @@ class ImputationOptions(Strict):
 
 
 class IterativeOptions(Strict):
-    """Options of :func:`amortised.recipes.iterative_training` and its evaluation."""
+    """Options of :func:`.recipes.iterative_inference.iterative_training` and its evaluation."""
 
     dataset: Literal["mnist", "cifar10", "20news", "rcv1"]
     method: Literal["standard", "iterative", "ladder"]
@@ -332,6 +353,7 @@ OPTIONS = {
     "amc": AmcOptions,
     "distillation": DistillationOptions,
     "vae": VaeOptions,
+    "objective": ObjectiveOptions,
     "teacher": TeacherOptions,
     "path": PathVaeOptions,
     "target": TargetOptions,

@@ -49,10 +49,6 @@ class FitResult(NamedTuple):
     steps_per_epoch: int
     seconds: float
 
-    def epoch_means(self, name: str) -> Tensor:
-        """Mean of one loss over each epoch, ``[num_epochs]``."""
-        return self.history[name].reshape(-1, self.steps_per_epoch).mean(dim=1)
-
 
 class NonFiniteError(FloatingPointError):
     """Training produced an infinity or a nan; a checkpoint on disk is from before it.
@@ -117,7 +113,7 @@ def fit(
     >>> state = {"mean": mean, "optimizer": optimizer}
     >>> step = gradient_step(lambda x: (x - mean) ** 2, optimizer)
     >>> result = fit(step, data, state, epochs=5, batch_size=8)
-    >>> mean.item(), result.num_steps, result.epoch_means("loss")[-1].item()
+    >>> mean.item(), result.num_steps, result.history["loss"][-1].item()
     (3.5, 5, 5.25)
     """
     tensors = data if isinstance(data, tuple) else (data,)
