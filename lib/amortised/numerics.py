@@ -159,7 +159,8 @@ def value_and_grad(
     """
     if not z.is_floating_point():
         raise ValueError(f"a gradient needs floating-point positions; got z of {z.dtype}")
-    with torch.inference_mode(False), torch.enable_grad():
+    is_off = torch.is_inference_mode_enabled()
+    with torch.inference_mode(False) if is_off else contextlib.nullcontext(), torch.enable_grad():
         if not (create_graph and z.requires_grad):
             z = (z.clone() if z.is_inference() else z.detach()).requires_grad_(True)
         value = logdensity_fn(z)
