@@ -19,7 +19,7 @@ def main(paths: list[str]) -> None:
     print("|:--|--:|:--|")
     total = 0.0
     for path in paths:
-        timing = json.loads(Path(path).read_text())
+        timing = json.loads(Path(path).read_text(encoding="utf-8"))
         total += timing["seconds"]
         day = time.strftime("%Y-%m-%d", time.gmtime(timing["finished"]))
         print(f"| {{doc}}`/chapters/{timing['chapter']}` | {timing['seconds']:.1f} | {day} |")
