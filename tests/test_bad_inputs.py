@@ -545,6 +545,7 @@ STUDIES = {
     (f"{COMMON}/images", 1): "images = 1",
     (f"{COMMON}/images", 10_001): "images = 10001",
     (f"{COMMON}/num_chains", 0): "num_chains = 0",
+    (f"{COMMON}/num_chains", 10**15): "num_chains = 1000000000000000",
     (f"{COMMON}/num_samples", "5"): "num_samples = '5'",
     (f"{COMMON}/simulated_pairs", 1): "simulated_pairs = 1",
     (f"{COMMON}/step_size", NAN): "step_size = nan",
@@ -585,7 +586,9 @@ TEXTS = {
     "studies: '\0'": "is not YAML",
     "studies: !!python/object/apply:os.system [ls]": "is not YAML",
     "studies: {}\n---\nstudies: {}": "is not YAML",
-    "studies: &a\n  b: *a": "nested too deeply, or in itself",
+    "studies: &a\n  b: *a": "studies.b: unknown name 'b'",
+    # Forty lines, each twice the one before it: 2 ** 40 values when it is unfolded.
+    "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 41)): "a40",
     1500 * "- ": "nested too deeply, or in itself",
     "studies: {a: %s}" % (5000 * "9"): "digits",
 }  # fmt: skip
