@@ -96,6 +96,34 @@ class _DrawnImagesOptions(Strict):
     simulated_pairs: Annotated[int, Field(ge=2)]
 
 
+class _EvidenceOptions(MinibatchOptions, _DrawnImagesOptions):
+    """Options of :func:`amortised.recipes.common.drawn_evidence`."""
+
+    held_out: Literal["test", "validation"]
+    """Which images the evaluation draws from; the following are its settings, too."""
+    #: Samples of the Gaussian that is fitted to an image.
+    num_samples: PositiveInt
+    hais_images: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _images_fit(self) -> Self:
+        if self.hais_images > self.images:
+            raise ValueError(
+                f"hais_images = {self.hais_images} is more than images = {self.images}"
+            )
+        if self.held_out == "validation" and self.images > VALIDATION_IMAGES:
+            raise ValueError(
+                f"images = {self.images} is more than the {VALIDATION_IMAGES} validation images"
+            )
+        held_back = 60_000 - VALIDATION_IMAGES
+        if self.held_out == "validation" and self.training_images > held_back:
+            raise ValueError(
+                f"training_images = {self.training_images} reaches into the validation images; "
+                f"at most {held_back}"
+            )
+        return self
+
+
 class _MethodOptions(MinibatchOptions):
     """Options of :func:`amortised.recipes.amortised_mcmc.amc_training`."""
 
@@ -140,18 +168,13 @@ class AmcOptions(_MethodOptions, TrainingOptions):
     """Options of :func:`amortised.recipes.amortised_mcmc.amc_training` and its evaluation."""
 
 
-class DistillationOptions(_MethodOptions, _DrawnImagesOptions):
+class DistillationOptions(_MethodOptions, _EvidenceOptions):
     """Options of :func:`.recipes.amortised_mcmc.distillation_training`, and its evaluation."""
 
     discriminator_learning_rate: Positive
     #: Share of the updates over which the divergence of a VAE's bound is warmed up.
     kl_warmup: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
-    held_out: Literal["test", "validation"]
-    """Which images the evaluation draws from; the following are its settings, too."""
-    #: Samples of the Gaussian that is fitted to an image.
-    num_samples: PositiveInt
-    hais_images: NonNegativeInt
     diagnostic_images: NonNegativeInt
     #: Draws of the student for each image.
     diagnostic_samples: Annotated[int, Field(ge=4)]
@@ -160,21 +183,10 @@ class DistillationOptions(_MethodOptions, _DrawnImagesOptions):
     classifier_epochs: PositiveInt
 
     @model_validator(mode="after")
-    def _images_fit(self) -> Self:
-        for name in ("hais_images", "diagnostic_images"):
-            if getattr(self, name) > self.images:
-                raise ValueError(
-                    f"{name} = {getattr(self, name)} is more than images = {self.images}"
-                )
-        if self.held_out == "validation" and self.images > VALIDATION_IMAGES:
+    def _student_fits(self) -> Self:
+        if self.diagnostic_images > self.images:
             raise ValueError(
-                f"images = {self.images} is more than the {VALIDATION_IMAGES} validation images"
-            )
-        held_back = 60_000 - VALIDATION_IMAGES
-        if self.held_out == "validation" and self.training_images > held_back:
-            raise ValueError(
-                f"training_images = {self.training_images} reaches into the validation images; "
-                f"at most {held_back}"
+                f"diagnostic_images = {self.diagnostic_images} is more than images = {self.images}"
             )
         if self.kl_warmup > 0 and self.method != "vae":
             raise ValueError(f"kl_warmup = {self.kl_warmup} belongs to method = 'vae'")
@@ -187,7 +199,7 @@ class VaeOptions(TrainingOptions):
     objective: Literal["elbo", "iwae", "dreg"]
 
 
-class ObjectiveOptions(MinibatchOptions, _DrawnImagesOptions):
+class ObjectiveOptions(_EvidenceOptions):
     """Options of :func:`amortised.recipes.autoencoders.vae_training` and its evaluation."""
 
     objective: Literal["elbo", "iwae", "dreg"]
@@ -195,16 +207,11 @@ class ObjectiveOptions(MinibatchOptions, _DrawnImagesOptions):
     output_bias: Literal["drawn", "data"]
     """Of the decoder at the start: as PyTorch draws it, or the logit of the mean pixel."""
     kl_warmup: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-    held_out: Literal["test", "validation"]
-    num_samples: PositiveInt
-    hais_images: NonNegativeInt
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         if self.kl_warmup > 0 and self.objective != "elbo":
             raise ValueError(f"kl_warmup = {self.kl_warmup} belongs to objective = 'elbo'")
-        if self.hais_images > self.images:
-            raise ValueError(f"hais_images = {self.hais_images} is more than images")
         return self
 
 
