@@ -157,7 +157,7 @@ plt.show()
 # How many of 10,000 draws still count is measured by the effective sample size $(\sum_k w_k)^2 / \sum_k w_k^2$ with $w_k = p_\theta(x \mid z_k)$: it is 10,000 when all weights are equal and 1 when a single draw carries everything.
 # Here one observation with four latents is revealed pixel by pixel.
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-evidence", "caption": "One observation of a linear model with four latents, revealed pixel by pixel: the exact $\\log p(x)$ and its estimate from 10,000 prior draws, in nats, and the effective number of those draws."}}
 # NBVAL_CHECK_OUTPUT
 wide = LinearGaussian(torch.randn(256, 4), torch.zeros(256), noise_scale=1.0)
 x_wide, _ = wide.sample(1)
@@ -204,7 +204,7 @@ markdown_table(header, rows, 1)
 # over the exact posterior, and over a Gaussian with independent coordinates, whose mean is exact and whose covariance is not. (It is the best of its kind, in a sense that {numref}`sec-vi-bound` makes precise.)
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-fisher", "caption": "Gradient of $\\log p_\\theta(x)$ of the model with two causes, one parameter in each row: exact, and as the mean of the joint's gradient over the exact posterior and over a mean-field Gaussian. ± is the standard error over 400 batches of 1,000 draws."}}
 # NBVAL_CHECK_OUTPUT
 def fisher_gradient(model, q, x, num_batches=400):
     """The joint's gradient, averaged over batches of draws from q."""
@@ -313,7 +313,7 @@ def worth(averages):
     return list(map(results.Estimate, draws, spread, [num_chains] * 4))
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-worth", "caption": "How many independent posterior draws 1,000 evaluations of the density are worth, for averages of $z$ and of $z^2$ along the narrow and the wide axis. ± is the standard error over chains; the row without errors is computed. MH is random-walk Metropolis; ULA is compared with the posterior and with the law that it has itself in the long run."}}
 kernels = {  # each with its number of density evaluations
     "MH": (partial(mcmc.metropolis_step, step_size=0.5), 1),
     "ULA": (partial(mcmc.langevin_step, step_size=0.06), 1),
@@ -382,7 +382,7 @@ def evaluations_per_draw(name, epsilon, dim, num_draws):
     return results.Estimate(cost * (2 / mean - 1), 2 * cost * error / mean**2, n)
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-scaling", "caption": "Evaluations of the density for one independent draw of $z_j^2$ from $\\mathcal{N}(0, I_D)$, each kernel at the step size that costs least. ± is the standard error over 2,000 starting points. The exponent is the slope of the logarithms from $D = 8$ to $D = 512$; the last column is that of theory."}}
 dims, grid, rows = (2, 8, 32, 128, 512), [2 ** (i / 3) for i in range(-13, 5)], []
 for name, theory in {"Metropolis": "1", "MALA": "1/3", "HMC": "1/4"}.items():
     tuned = {}
@@ -538,7 +538,7 @@ plt.show()
 # The three estimators agree in the mean, so the choice among them is one of *variance*. Let $q$ approach the exact posterior of the two causes: offset its mean by $t$, stretch its covariance factor by $1 + t$, and let $t \to 0$. The table shows the variance per draw of the gradient in the mean (a baseline needs at least a pair of draws: twice the variance of their average).
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-variance", "caption": "Variance per draw of four estimates of the bound's gradient in the mean of $q$, summed over its two coordinates and measured on 20,000 estimates, when the mean of $q$ is off the exact one by $t$ and its covariance factor is stretched by $1 + t$."}}
 # NBVAL_CHECK_OUTPUT
 def score_function(model, q, x, num_samples, baseline=False):
     z = q.sample((num_samples,))
@@ -793,7 +793,7 @@ for _ in range(3):
         model = em_sweep(model)
     em_ends.append((maximum - model.log_evidence(data).mean()).item())
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-climb", "caption": "How far below the maximum of the mean $\\log p_\\theta(x)$ each scheme ends, in nats, after equal numbers of updates and of gradients. The price is in gradients for each visit of a datum. ± is half the width of the 95 % t-interval over three starts."}}
 T_95 = 4.303  # Student's t for three runs, two degrees of freedom
 
 
@@ -958,7 +958,7 @@ plt.show()
 # Two thousand test images are looked at once, now, in one fixed binarisation. Beside the bound stands its rate, the second term of {eq}`eq-vi-vae`, and the number of *active* latents, those whose encoded mean varies over images: $\operatorname{Var}_x(\mathbb{E}_{q_\phi}[z_d]) > 0.01$ {cite:p}`burda2016iwae`. The first row is the best model without latents, independent pixels; the row "scale misread" belongs to a correction at the end of the chapter.
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-vae", "caption": "Bound and rate on 2,000 test images, in nats, and the number of active latents. ± is the standard error over images. The last rows are differences of two bounds, paired over the images."}}
 @torch.no_grad()
 def test_bounds(vae, encoder, x, power=1.0):
     """Bound and rate of each image, and the number of active latents."""
@@ -1138,7 +1138,7 @@ def by_quadrature(surrogate, num_samples):
     return (weights @ values).item(), mean, mean.abs() / (square - mean**2).sqrt()
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-surrogates", "caption": "For $K$ draws: the gap $\\log p(x) - \\mathcal{L}_K$ in nats, and the derivative in $\\mu$ that each surrogate has in expectation; all by Gauss–Hermite quadrature, without sampling error."}}
 # NBVAL_CHECK_OUTPUT
 surrogates = {
     "score function": score_function,
@@ -1186,7 +1186,7 @@ plt.show()
 #
 # Does the objective matter for images? A study of this book trains one decoder on MNIST by three objectives: batches of 100, Adam at 0.001, two passes over the 60,000 images, the output bias at its default, no warm-up, three seeds. The numbers are annealed lower bounds of {doc}`chapter 6 </chapters/06_evaluation_hais>`, which do not depend on the encoder, on the first 100 test images. Differences are paired over images; the interval is Student's, over the three seeds.
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-objectives", "caption": "Annealed lower bounds on $\\log p(x)$ of decoders trained by three objectives, and their differences, paired over the first 100 test images: mean over three seeds ± half the width of the 95 % t-interval over seeds, and the value of each seed. The published rows are of other networks, trainings and estimators."}}
 # NBVAL_CHECK_OUTPUT
 ends, rows = {}, []
 for row, runs in tables.load_study("vae_recap", "laptop").items():

@@ -534,7 +534,7 @@ def averages(q, x=x_grid, weight=density):
     return [(weight * k).sum(-1) for k in (kl(log_p, log_q), kl(log_q, log_p))]
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-pq-divergences", "caption": "Both divergences in example 2, in nats, averaged over $p(x)$ by quadrature: one value for the encoder of each seed. The last two rows are the Gaussians that minimise one of the two at every $x$ alone."}}
 kls = {"pq": averages(at(cover, x_grid))}
 kls["qp, cold start"] = averages(at(cold, x_grid))
 kls["qp, warm start from pq"] = averages(at(warm, x_grid))
@@ -736,7 +736,7 @@ for name, encoder in joint.items():
 # draw from $q$, weight by $p(z, x) / q(z \mid x)$, resample. We do so at $x = 10$ with three proposals, and watch the effective sample size (ESS), an estimate of $1 / (1 + \chi^2)$ as a share of the draws.
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-pq-proposals", "caption": "Importance resampling at $x = 10$ with three encoders as proposals, one seed of each: the share of resampled draws above zero, which is 0.729 under the exact posterior, and the effective sample size as a share of the draws."}}
 def resample(q, x, num=num_draws):
     z = q.sample((num,))  # [K, S, 1, 1]
     log_weights = mixture.log_joint(x, z) - q.log_prob(z)
@@ -851,7 +851,7 @@ for name, bound in bounds.items():
 spread = {name: float(g.std()) for name, g in grads.items()}
 print("from quiet to noisy:", "; ".join(sorted(spread, key=spread.get)))
 
-# %%
+# %% mystnb={"table": {"name": "tab-pq-gradients", "caption": "Estimators of the derivative of the bound in one logit, each from two evaluations of $f$: bias against the exact derivative, the standard error of that bias, and the standard deviation of a single estimate."}}
 error = {name: s / num_draws**0.5 for name, s in spread.items()}
 rows = [[n, float(g.mean()) - truth, error[n], spread[n]] for n, g in grads.items()]
 titles = ["two evaluations of f", "bias", "± its error", "spread of one estimate"]
@@ -1000,7 +1000,7 @@ claim("along the trace: below 0.02 nats for every seed", worst < 0.02)
 worst = (kl_trace["mean-field"][0] - floor).abs().max()
 claim("mean-field: within 0.04 nats of its floor, every seed", worst < 0.04)
 
-# %%
+# %% mystnb={"table": {"name": "tab-pq-trace", "caption": "Forward divergence in nats of two encoders of the whole trace: one value for each seed, and its standard error over simulated pairs."}}
 x_parcels = torch.linspace(-1, 12, 66).unsqueeze(-1)
 learned = at(along, x_parcels).log_counts(8).detach().exp()
 exact = program.log_counts(x_parcels).softmax(-1)[:, :8]
@@ -1190,7 +1190,7 @@ def wake_model(encoder, num_particles):
     return wake(encoder, simulate(mixture, batch_size // 10)[0], num_particles)
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-pq-wake", "caption": "Standard deviation of $q(z \\mid x)$ at six observations, median over seeds: by moment matching, and after wake-$\\phi$ with $K$ samples, with parameters of its own for each observation (free) or with one network (shared)."}}
 woken = {}
 for kind, loss in (("free", wake_free), ("shared", wake_model)):
     for k in (10, 50, 100):
@@ -1263,7 +1263,7 @@ def wake_and_pq(encoder):
     return (wake_on_data(encoder) + pq(encoder, mixture, batch_size // 2)) / 2
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-pq-faulty", "caption": "Both divergences in nats, averaged over the usual observations and over those of the faulty sensor: the pq encoder, and the same after training on the contaminated data in three ways. One value for each seed."}}
 losses = {"qp": qp_on_data, "wake-φ, K = 10": wake_on_data}
 losses["wake-φ and pq"] = wake_and_pq
 entrants = {"pq, before": cover} | {name: copy.deepcopy(cover) for name in losses}

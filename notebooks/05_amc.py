@@ -408,7 +408,7 @@ kernels = {
     "MALA (Metropolis test), η = 0.2": partial(mcmc.mala_step, step_size=0.2),
     "HMC, ε = 0.25, L = 5": partial(mcmc.hmc_step, step_size=0.25, num_steps=5),
 }
-# %%
+# %% mystnb={"table": {"name": "tab-amc-kernels", "caption": "Total variation between the exact posteriors of the fold and chains that started at exact draws and took 60 steps. The first row is what a finite number of exact draws shows."}}
 after = {"exact draws": total_variation(posterior_fold)}
 for name, kernel in kernels.items():
     kernel = partial(kernel, logdensity_fn=partial(fold.log_joint, x_fold))
@@ -598,7 +598,7 @@ for name, contrast in (("AVB", False), ("AVB, adaptive", True)):
     found = distil("implicit", amc.avb_step, contrast=contrast)
     _, drawn[name, "chain"], avb[name] = found
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-rules", "caption": "Students of each rule, taught by the chain or by exact draws: how many have lost a mode of the posterior with the high barrier (± binomial standard error), and total variation from the posterior, averaged over the three posteriors (mean ± standard error over students)."}}
 rows = []
 for name in [*rules, *avb]:
     row = [name]
@@ -669,7 +669,7 @@ for name in ("GAN", "MMD"):
             ways[name, teacher, start] = distil(kind, start=start, **settings)[:2]
         ways[name, teacher, "wide"] = half_way[name, teacher], drawn[name, teacher]
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-starts", "caption": "Two rules, two teachers and three starts: standard deviation of the student's draws at a given $x$ before training, and how many students have lost a mode half way and at the end, ± binomial standard error."}}
 num = {key: [num_lost(z, 2) for z in both] for key, both in ways.items()}
 rows = [
     (
@@ -828,7 +828,7 @@ games = {
     "control: prior, ignores x": (ignores_x, math.nan),
 }
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-games", "caption": "Diagnostics of students against exact draws, mean ± standard error over students: mean loss of the discriminators at the end, where $2 \\log 2 = 1.386$ means that nothing is told apart; norm of the error of the means, in posterior standard deviations; log of the student's over exact variance; $\\log p(x \\mid z_0)$ in nats, minus that of exact draws, and minus that of draws for another $x$; AUC of a new classifier, 0.5 for a perfect student."}}
 found, rows = {name: diagnose(encoder) for name, (encoder, _) in games.items()}, []
 for name, values in found.items():
     own = values["log_likelihood_student"]
@@ -937,7 +937,7 @@ def loss_when_frozen(rule, encoder):
     return torch.stack(losses[-50:]).mean().item()
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-amc-frozen", "caption": "Mean loss of the discriminators over the last 50 steps, in the game and when new ones are trained against students that stand still. At $2 \\log 2 = 1.386$ nothing is told apart."}}
 own, kernel, inclusive = (name for name in games if name.startswith("mended"))
 exact_row, blind_loss = "control: exact posterior", 2 * math.log(2)
 frozen = {(blind, "plain"): loss_when_frozen(plain, games[blind][0])}
@@ -981,7 +981,7 @@ def off_diagonal(matrices):
     return mean_and_se(squares.reshape(num_small, -1).mean(1).sqrt())
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-amc-correlations", "caption": "Root mean square, over pairs of latents, of the exact posterior correlations and of each student's error in them; mean ± standard error over students."}}
 x = small.sample(batch)[0].repeat(num_small, 1)
 exact = correlations(posterior_draws(x, range(1000)))
 rows = [("size of the exact ones", off_diagonal(exact))]
@@ -1012,7 +1012,7 @@ markdown_table(header, rows)
 #
 # With any other $S$ than $S^*$ the number is **no bound**. On the fold $\log p(x)$ is known, so we can see it violated.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-avb", "caption": "The number that AVB calls a bound, minus the exact $\\log p(x)$ of the fold: how many of the students' values lie above it by more than 0.1 nats, of how many, and by how much the highest does."}}
 rows = []
 for name, networks in avb.items():
     x, z = x_fold.repeat(num_students, 1), drawn[name, "chain"].flatten(1, 2)
@@ -1049,7 +1049,7 @@ others = {
 }
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-equal-cost", "caption": "Total variation from the posterior of students taught by the end of five Langevin steps, and the change of it, paired over students, when the teacher is the whole path, MALA or one Hamiltonian trajectory at equal cost. ± is the standard error over students; negative is better."}}
 rows = []
 for name in ("inclusive KL, mixture",):
     kind, rule = rules[name]

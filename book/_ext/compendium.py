@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import sphinxcontrib.bibtex.plugin
 from docutils import nodes
 from docutils.statemachine import StringList
+from myst_nb.core.render import NbElementRenderer
 from pybtex.plugin import register_plugin
 from pybtex.style.formatting.plain import Style as PlainStyle
 from pybtex.style.labels import BaseLabelStyle
@@ -52,6 +54,48 @@ class KeyLabels(BaseLabelStyle):
 class AuthorYearList(PlainStyle):
     default_sorting_style = "author_year_title"
     default_label_style = KeyLabels
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def unbroken(table: str) -> str:
+    """Keep on one line what belongs together: value and error, interval over seeds, ``T = 50``."""
+    kept = r"\([^()|]* ± [^()|]*\)|\(one seed\)| ± | = (?=[\d.]+(?![\d.$]))"
+    return re.sub(kept, lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), table)
+
+
+def captioned(table: str, name: str, caption: str) -> str:
+    """The directive that numbers a Markdown table; a note after the table stays below it."""
+    rows, _, note = unbroken(table).partition("\n\n")
+    return f"``````{{table}} {caption}\n:name: {name}\n\n{rows}\n``````\n\n{note}"
+
+
+def number_tables(render_markdown):
+    """Give the tables that a cell prints the names and captions of its metadata, in turn.
+
+    They are in ``mystnb={"table": {"name": "tab-...", "caption": "..."}}``, a list of such where a
+    cell prints several tables. A table without a caption is an error.
+    """
+
+    def render(self, data):
+        if data.string.startswith("|"):
+            given = data.cell_metadata.get("mystnb", {}).get("table", [])
+            given = given if isinstance(given, list) else [given]
+            printed = self.__dict__.setdefault("printed_tables", Counter())
+            printed[data.cell_index] += 1
+            if printed[data.cell_index] <= len(given):
+                shown = given[printed[data.cell_index] - 1]
+                data = replace(data, content=captioned(data.string, **shown))
+            else:
+                self.logger.warning(
+                    f"table {printed[data.cell_index]} of cell {data.cell_index} has no caption; "
+                    'say what it shows in mystnb={"table": {"name": "tab-...", "caption": "..."}}',
+                    line=data.line,
+                )
+        return render_markdown(self, data)
+
+    return render
 
 
 # --- Pages ---------------------------------------------------------------------------------------
@@ -213,6 +257,7 @@ def setup(app):
     TocTreeCollectorWithStyles.assign_section_numbers = number_chapters(
         TocTreeCollectorWithStyles.assign_section_numbers
     )
+    NbElementRenderer.render_markdown = number_tables(NbElementRenderer.render_markdown)
     app.add_directive("library-modules", LibraryModules)
     app.connect("builder-inited", require_chapters)
     app.connect("autodoc-skip-member", skip_generated_docs)
