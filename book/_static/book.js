@@ -1,5 +1,34 @@
 // Small repairs of the page that style sheets cannot make.
 
+// A formula is set as soon as it is read, before it is painted, so that no text moves afterwards.
+function setMathematics() {
+  for (const box of document.querySelectorAll(".math:not(:has(.katex))")) {
+    const text = box.lastChild;
+    const found = text?.data?.trim().match(/^\\([([])(.*)\\[)\]]$/s);
+    if (!found) continue; // not yet read to its end
+    const formula = document.createElement("span");
+    katex.render(found[2], formula, { displayMode: found[1] === "[", throwOnError: false });
+    text.replaceWith(...formula.childNodes);
+  }
+}
+const reading = new MutationObserver(setMathematics);
+reading.observe(document, { childList: true, characterData: true, subtree: true });
+document.addEventListener("DOMContentLoaded", () => {
+  reading.disconnect();
+  setMathematics();
+});
+
+// An excerpt of a page, below a hit of the search, has no use for TeX.
+document.addEventListener("DOMContentLoaded", () => {
+  if (typeof Search === "undefined") return;
+  const { htmlToText } = Search;
+  Search.htmlToText = (page, anchor) => {
+    const parsed = new DOMParser().parseFromString(page, "text/html");
+    parsed.querySelectorAll(".math").forEach((box) => box.replaceWith("…"));
+    return htmlToText(parsed.documentElement.outerHTML, anchor);
+  };
+});
+
 // Boxes that scroll sideways can be reached with the keyboard.
 function makeScrollableFocusable() {
   const boxes = ".katex-display, div.cell_output .output, .pst-scrollable-table-container, pre";
