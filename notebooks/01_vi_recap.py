@@ -15,7 +15,7 @@
 # # Variational inference, a recap
 #
 # *From maximum likelihood to a trained autoencoder, with every gap measured.*
-# Runs in about a minute and a half on two cores; needs Gaussians, gradients and a little PyTorch.
+# Runs in about a minute and a half on one core; needs Gaussians, gradients and a little PyTorch.
 #
 # A latent variable model explains an observation $x$, say the pixels of a handwritten seven, by quantities $z$ that nobody recorded: the slant, the weight of the pen, the shape of the loop.
 # Two questions follow. Which $z$ explains this $x$? And which model explains all the $x$ that we have?
@@ -127,7 +127,7 @@ place = {"ha": "center", "va": "center", "fontsize": 15}
 circle = {"boxstyle": "circle"}
 arrow = {"arrowstyle": "-|>", "color": plotting.GREY}
 graph.text(0.5, 0.78, "$z_n$", bbox=circle | {"fc": "none"}, **place)
-graph.text(0.5, 0.3, "$x_n$", bbox=circle | {"fc": "#757d8955"}, **place)
+graph.text(0.5, 0.3, "$x_n$", bbox=circle | {"fc": "#71777f55"}, **place)
 graph.text(0.02, 0.3, r"$\theta$", **place)
 graph.annotate("", (0.5, 0.43), (0.5, 0.65), arrowprops=arrow)
 graph.annotate("", (0.36, 0.3), (0.08, 0.3), arrowprops=arrow)
@@ -454,7 +454,7 @@ figure, panels = plt.subplots(1, 3, figsize=(7.2, 2.5), sharey=True)
 line = torch.linspace(-10, 10, 200)[:, None]
 density = 150 * (two_modes(line) - two_modes(line).max()).exp()
 for panel, (name, trace) in zip(panels, traces.items(), strict=True):
-    panel.fill_betweenx(line[:, 0], -density, color="#757d8955")
+    panel.fill_betweenx(line[:, 0], -density, color="#71777f55")
     panel.plot(trace[..., 0], lw=0.5)
     rhat = mcmc.split_rhat(trace).item()
     panel.set_title(f"{name}\n$\\hat R$ = {rhat:.2f}", fontsize=9)
@@ -856,7 +856,8 @@ for column, runs_of in enumerate((equal_updates, equal_gradients)):
     panel.plot([10], [sum(em_ends) / 3], "x", c="grey", label="variational EM")
     panel.set(xscale="log", yscale="log", xlabel=xlabels[column])
 panels[0].set_ylabel("nats below the maximum")
-panels[1].legend(fontsize=6.5, loc="lower left")
+handles = panels[1].get_legend_handles_labels()
+figure.legend(*handles, fontsize=8, ncols=4, loc="outside lower left")
 right.plot(fresh_row, label="fresh row", color=plotting.COLOURS["approximation"])
 right.plot(fresh_chain, label="fresh chain", color=plotting.COLOURS["samples"])
 right.plot(0, encoded, "o", label="encoder", color=plotting.COLOURS["bound"])
@@ -1010,6 +1011,7 @@ _, (scan, *panels) = plt.subplots(1, 4, figsize=(9, 3), width_ratios=(2, 1, 1, 1
 z = torch.cartesian_prod(line[25:76:5].flip(0), line[25:76:5]).flip(-1)
 ink = plotting.mosaic(flat_vae.likelihood(z).mean, ncols=11, padding=0)
 scan.imshow(ink, extent=(-2.75, 2.75, -2.75, 2.75))
+scan.set(xlabel="$z_1$", ylabel="$z_2$")
 
 
 def exact_density(i, z):
@@ -1023,7 +1025,9 @@ for i, panel in enumerate(panels):
     window = (points.mean(0)[:, None] + points.std(0).max() * ends).flatten()
     show = partial(plotting.show_density, ax=panel, extent=window, num_points=61)
     show(partial(exact_density, i)), show(q.log_prob, colour="#d67320", fill=False)
-    panel.set_title(f"log p = {log_p[i]:.1f}\ngap {gap[i]:.2f} nats", fontsize=8)
+    panel.set_title(f"log p = {log_p[i]:.1f}\ngap {gap[i]:.2f} nats", fontsize=9)
+    panel.set(xlabel="$z_1$")
+    panel.locator_params(nbins=4)
 plt.show()
 
 # %% [markdown]
@@ -1170,14 +1174,18 @@ left.plot(ks, [log_p_one - exact["IWAE", k][0] for k in ks], "o-", label="gap")
 v = 0.81 / math.sqrt(0.5 * 1.12) * math.exp(0.45**2 / 1.12) - 1  # of w / p(x)
 left.plot(ks, [v / (2 * k) for k in ks], ":", color=plotting.GREY, label="$v / 2K$")
 left.set(ylabel=r"$\log p - \mathcal{L}_K$, nats")
+right.set(ylabel="signal-to-noise ratio")
+ticks = ((0.02, 0.05, 0.1, 0.2), (0.2, 0.5, 1, 2))
 for name, style in (("IWAE", "o-"), ("STL", "s-"), ("DReG", "D-")):
     right.plot(ks, [exact[name, k][2][0] for k in ks], style, label=name)
 right.plot(ks, [exact["IWAE", k][2][2] for k in ks], "^--", label="decoder")
 for power, column in ((-0.5, 0), (0.5, 2)):
     start = exact["IWAE", 1][2][column]
     right.plot(ks, [start * k**power for k in ks], ":", color=plotting.GREY, lw=1)
-for ax in (left, right):
+for ax, y in zip((left, right), ticks, strict=True):
     ax.set(xscale="log", yscale="log", xlabel="$K$", xticks=ks, xticklabels=ks)
+    ax.set_yticks(y, labels=y)
+    ax.minorticks_off()
     ax.legend(fontsize=8)
 plt.show()
 

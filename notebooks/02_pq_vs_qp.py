@@ -15,7 +15,7 @@
 # # pq versus qp
 #
 # *What the direction of the divergence does to amortised inference.*
-# Runs in about a minute and a half on two cores; needs the evidence lower bound and reparameterisation, as in chapter 1.
+# Runs in about a minute and a half on one core; needs the evidence lower bound and reparameterisation, as in chapter 1.
 #
 # An encoder $q_\phi(z \mid x)$ is one network that answers every inference question at once.
 # To train it we need a distance to the posterior, and the natural distance is not symmetric.
@@ -217,8 +217,9 @@ def draw_walkers(figure, frame):
         right.plot(mean, scale, color=colour, ls=line, lw=1, alpha=0.7, label=label)
         right.plot(mean[12 * frame], scale[12 * frame], "o", color=colour, ms=5)
     left.set(xlim=(-15, 15), ylim=(0, 0.45), xlabel="$z$", ylabel="density")
-    right.legend(loc="lower center", fontsize=8)
-    right.set(xlim=(-7, 7), ylim=(-1.6, 6), xlabel="mean", ylabel="scale")
+    right.legend(loc="upper left", fontsize=8)
+    right.set(xlim=(-7, 7), ylim=(0, 8), xlabel="mean", ylabel="scale")
+    right.set(xticks=(-5, 0, 5), yticks=(0, 2, 4, 6))
 
 
 log_q = gaussian(walks[-1])

@@ -15,7 +15,7 @@
 # # Iterative inference: learning to infer
 #
 # *An encoder that looks at its own mistake and answers again.*
-# Runs in about a minute on two cores; needs the evidence lower bound and amortised inference, as in chapter 1.
+# Runs in about a minute on one core; needs the evidence lower bound and amortised inference, as in chapter 1.
 #
 # A standard encoder is asked once. It sees an image, names a posterior, and never learns whether that posterior was any good.
 # Local optimisation is the opposite: it looks at the gradient of the bound a hundred times, and starts from nothing for each new image.

@@ -15,7 +15,7 @@
 # # Chains inside the bound
 #
 # *The Hamiltonian variational auto-encoder, MetFlow, and Monte Carlo auto-encoders, as one construction.*
-# Runs in about a minute on two cores; needs the evidence lower bound, Hamiltonian Monte Carlo and annealing, as in chapters 1 and 6.
+# Runs in about a minute on one core; needs the evidence lower bound, Hamiltonian Monte Carlo and annealing, as in chapters 1 and 6.
 #
 # An encoder answers at once, but only within its family, usually a diagonal Gaussian. A Markov chain has no family, but it needs time, and nobody knows the density of where it is.
 # This chapter puts the chain *between* the encoder and the bound: the encoder proposes, a few steps of dynamics move the proposal towards the posterior, and the bound accounts for both.
@@ -913,11 +913,11 @@ def draw_curves(ax, found, sizes):
     ax.set(xlabel="evaluations a path", xscale="log")
     ax.set_xticks([K + 1 for K in sizes], labels=[K + 1 for K in sizes])
     ax.minorticks_off()
-    ax.legend(fontsize=7, loc="lower left")
+    ax.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.2))
 
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-cost", "caption": "Left: bound gap on the ring after training at each budget, mean and standard error over four starts. Right: what each bound gains over the plain one on digits, mean and standard error over images, in pairs, with the trained encoder and decoder held fixed; the dotted line is the gain of importance sampling with 2,000 draws."}, "image": {"alt": "Two panels against the number of evaluations of a path. Left, the gap of IWAE falls fastest, those of the methods with fresh momentum fall more slowly, those of HVAE and MetFlow do not fall. Right, the gains of IWAE, UHA, L-MCVAE and A-MCVAE grow, those of HVAE and MetFlow stay near or below zero; all are below the dotted line."}}
-figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.4))
+figure, axes = plt.subplots(1, 2, figsize=(7.2, 4.2))
 left = {(n, K): gap(on_the_ring[n, K])[0] for n in METHODS[:8] for K in budgets}
 draw_curves(axes[0], left, budgets)
 draw_curves(axes[1], gains, long_budgets)
@@ -1234,7 +1234,7 @@ for K, colour in ((1, "C0"), (10, "C1")):
     scan.plot(grid, residual(grid, K), color=colour, label=f"K = {K}")
     scan.plot(ends_at[K], residual(ends_at[K], K), "o", color=colour)
 scan.set(xlabel="u, squared step times curvature", ylabel="variance left, c")
-_ = [panel.legend(fontsize=7) for panel in (ax, scan)]
+_ = [panel.legend(fontsize=8) for panel in (ax, scan)]
 plt.show()
 
 # %% [markdown]

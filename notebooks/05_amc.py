@@ -14,7 +14,7 @@
 # %% [markdown]
 # # Amortised MCMC with adversarial distillation
 #
-# *About a minute and a half on two cores. You need the bound of {doc}`/chapters/01_vi_recap`, and the estimators of {doc}`/chapters/06_evaluation_hais` for the tables.*
+# *About a minute and a half on one core. You need the bound of {doc}`/chapters/01_vi_recap`, and the estimators of {doc}`/chapters/06_evaluation_hais` for the tables.*
 #
 # An encoder gives a posterior sample in one forward pass, and its samples are biased. A Markov chain is exact in the limit, and every sample costs many gradients.
 # Amortised MCMC, AMC for short {cite:p}`li2017amc`, combines them: the encoder proposes, the chain improves the proposal by a few steps, and the encoder is trained to *imitate the improved sample*, so that its next proposal is better.
@@ -392,7 +392,7 @@ right.set(xlabel="nats", ylim=(len(names) - 0.5, -0.5))
 right.grid(axis="x")
 right.tick_params(left=False)
 right.spines["left"].set_visible(False)
-right.legend(fontsize=7, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0))
+right.legend(fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0))
 plt.show()
 
 # %% [markdown]
@@ -621,7 +621,9 @@ def show_panels(shown, ncols, size, num_shown):
         plotting.show_density(posterior, window, ax=panel, num_points=81)
         panel.plot(*z[:num_shown].T, ".", color=ORANGE, ms=3, mew=0, alpha=0.6)
         panel.set_title(title, fontsize=8)
-        panel.set(xlim=window[:2], ylim=window[2:])
+        panel.set(xlim=window[:2], ylim=window[2:], xlabel="$z_1$", ylabel="$z_2$")
+        panel.set(xticks=(-2, 0, 2), yticks=(-2, 0, 2))
+        panel.label_outer()
 
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-rules", "caption": "The first student of each rule on the posterior with the high barrier (green), from the wide start; draws in orange. Above, the teacher is the chain of five steps; below, exact draws. AVB has no teacher: above with the prior, below with adaptive contrast."}, "image": {"alt": "Two rows of six panels, each with two green modes. Above, the orange draws of the GAN, MMD and Gaussian students lie around the right mode, those of Wasserstein on both with a bridge, those of the mixture on both, most on the right, and those of AVB on the left. Below, GAN, Wasserstein and MMD reach both modes with a thin bridge, the Gaussian spreads over everything, the mixture fills both without a bridge, and adaptive AVB fills the left with a trail to the right."}}

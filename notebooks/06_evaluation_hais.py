@@ -14,7 +14,7 @@
 # %% [markdown]
 # # Evaluation you can trust: annealed importance sampling and HAIS
 #
-# *About a minute on two cores. You need the evidence lower bound and Hamiltonian Monte Carlo, as {doc}`/chapters/01_vi_recap` leaves them.*
+# *About a minute on one core. You need the evidence lower bound and Hamiltonian Monte Carlo, as {doc}`/chapters/01_vi_recap` leaves them.*
 #
 # ```{admonition} What you will be able to do
 # :class: tip
@@ -737,7 +737,7 @@ figure.colorbar(image, ax=list(axes[:2]), shrink=0.8, label="|correlation|")
 low, high = axes[2].get_xlim()
 axes[2].plot([low, high], [low, high], "--", color=plotting.GREY)
 axes[2].set(xlabel="implied gap, nats", ylabel="measured gap, nats")
-axes[2].legend(fontsize="x-small")
+axes[2].legend(fontsize="small")
 plt.show()
 
 # %% [markdown]

@@ -1,13 +1,18 @@
 """What book/_ext adds to Sphinx, piece by piece; tests/test_site.py looks at the whole."""
 
+import json
 import struct
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import compendium
+import execution_table
 import pytest
 from docutils import nodes
 from myst_nb.core.render import MimeData
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_value_and_its_errors_do_not_break():
@@ -85,7 +90,7 @@ def test_pages_say_what_they_are(tmp_path, base):
     assert found.pop("og:url", "") == (
         "https://example.org/book/chapters/01_x.html" if base else ""
     )
-    assert found.pop("og:image", "").endswith("/_static/card.png") == bool(base)
+    assert found.pop("og:image", "").endswith("/_static/card.jpg") == bool(base)
     assert found == {
         "og:site_name": "The <Book>",
         "og:type": "article",
@@ -109,3 +114,60 @@ def test_the_site_map_needs_an_address(tmp_path):
     places = ElementTree.parse(tmp_path / "sitemap.xml").iterfind(".//{*}loc")
     base = "https://example.org/book/"
     assert [place.text for place in places] == [f"{base}chapters/01_x.html", f"{base}intro.html"]
+
+
+def png(*kinds):
+    chunks = [(4).to_bytes(4, "big") + kind + b"data" + b"crc4" for kind in kinds]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def test_an_animation_has_a_still_picture(tmp_path):
+    image = tmp_path / "_images" / "moving.png"
+    image.parent.mkdir()
+    image.write_bytes(png(b"IHDR", b"acTL", b"fcTL", b"IDAT", b"fcTL", b"fdAT", b"IEND"))
+    (tmp_path / "_images" / "other.png").write_bytes(png(b"IHDR", b"IDAT", b"IEND"))
+    compendium.keep_still_pictures(SimpleNamespace(outdir=tmp_path), None)
+    still = image.with_name("still-moving.png")
+    assert still.read_bytes() == png(b"IHDR", b"IDAT", b"IEND")
+    assert len(list(image.parent.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(4, "a few seconds"), (40, "half a minute"), (47, "a minute"), (101, "a minute and a half")]
+    + [(118, "two minutes"), (200, "3 minutes")],
+)
+def test_times_in_words(seconds, words):
+    assert execution_table.in_words(seconds) == words
+
+
+def test_heads_and_readme_tell_the_times_that_were_noted():
+    seconds = json.loads((ROOT / "workflow" / "times.json").read_text())["seconds"]
+    chapters = {path.stem: path for path in (ROOT / "notebooks").glob("[0-9]*.py")}
+    assert seconds.keys() == chapters.keys(), "note them with `make times`"
+    for name, path in chapters.items():
+        head = path.read_text()[:2000].lower()
+        assert f"about {execution_table.in_words(seconds[name])} on one core" in head, name
+    row = f"| `make book` | {execution_table.in_short(seconds)} |"
+    assert row in (ROOT / "README.md").read_text(), row
+
+
+def test_new_times_change_what_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution_table, "ROOT", tmp_path)
+    monkeypatch.setattr(execution_table, "TIMES", tmp_path / "times.json")
+    (tmp_path / "README.md").write_text("| `make book` | 1 s | all |\n| `make full` | 1 s | x |\n")
+    (tmp_path / "notebooks").mkdir()
+    for name in ("01_a", "02_b"):
+        path = tmp_path / "notebooks" / f"{name}.py"
+        path.write_text("# *About a minute on one core.* A minute on one core.\n")
+    execution_table.record(
+        [{"chapter": "01_a", "seconds": 34.0}, {"chapter": "02_b", "seconds": 121.0}]
+    )
+    told = (tmp_path / "README.md").read_text()
+    assert (
+        told
+        == "| `make book` | 30 to 120 s each, 3 minutes in all | all |\n| `make full` | 1 s | x |\n"
+    )
+    heads = [(tmp_path / "notebooks" / f"{name}.py").read_text() for name in ("01_a", "02_b")]
+    assert heads[0].startswith("# *About half a minute on one core.* A minute on one core.")
+    assert heads[1].startswith("# *About two minutes on one core.*")

@@ -8,6 +8,7 @@ is recorded, and each test looks at one side of the record.
 import functools
 import gzip
 import http.server
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -391,6 +393,60 @@ def test_search_finds_a_word_of_chapter_1(browser, address, site, chapter):
     result = page.locator("#search-results li a").first
     result.wait_for(timeout=10_000)
     assert chapter in result.get_attribute("href"), f"searched for {word!r}"
+    page.close()
+
+
+def test_animations_can_be_stopped(browser, address, site):
+    name = next(n for n in in_chapters(site) if ("picture", {"class": "animation"}) in site[n].tags)
+    for motion in ("no-preference", "reduce"):
+        page = browser.new_page(viewport=PHONE, reduced_motion=motion)
+        page.goto(address + name)
+        page.locator("picture.animation img").first.scroll_into_view_if_needed()
+        button = page.locator("button.pause").first
+        for plays in (motion != "reduce", motion == "reduce"):
+            page.wait_for_function(
+                "(plays) => plays != /still-/.test(document.querySelector('.animation img').currentSrc)",
+                arg=plays,
+            )
+            assert button.inner_text() == ("Pause" if plays else "Play")
+            button.click()
+        page.close()
+
+
+def test_what_is_folded_prints_with_ink(browser, address, chapter):
+    """The theme fades folded code in, and paper caught it before it had begun to show."""
+    page = browser.new_page(viewport=DESK)
+    page.goto(address + chapter)
+    page.emulate_media(media="print", color_scheme="light")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    for box in page.locator("details pre").all()[:3]:
+        picture = Image.open(io.BytesIO(box.screenshot())).convert("L")
+        dark = sum(picture.histogram()[:128]) / (picture.width * picture.height)
+        assert dark > 0.005, f"{dark:.2%} ink: {box.inner_text()[:60]!r}"
+    fading = page.evaluate(
+        """() => [...document.querySelectorAll("article *")]
+             .filter((box) => getComputedStyle(box).animationName !== "none").length"""
+    )
+    assert not fading
+    page.close()
+
+
+def test_words_of_figures_can_be_read_on_a_phone(browser, address, site):
+    """A figure keeps its size and is scrolled within its box, its caption in view."""
+    page = browser.new_page(viewport=PHONE)
+    for name in in_chapters(site):
+        page.goto(address + name)
+        shown = page.evaluate(
+            """() => [...document.querySelectorAll("article figure img")].map((image) => ({
+                 scale: image.getBoundingClientRect().width / Math.min(image.getAttribute("width"), 704),
+                 caption: image.closest("figure").querySelector("figcaption").getBoundingClientRect().right,
+                 source: image.getAttribute("src"),
+               }))"""
+        )
+        assert shown
+        for figure in shown:
+            assert figure["scale"] > 0.9 or "png" in figure["source"], (name, figure)
+            assert figure["caption"] <= PHONE["width"], (name, figure)
     page.close()
 
 

@@ -260,7 +260,7 @@ def describe(app, pagename, templatename, context, doctree) -> None:
         facts["description"] = facts["og:description"] = words
     base = app.config.html_baseurl.rstrip("/")
     if base:
-        facts |= {"og:url": f"{base}/{pagename}.html", "og:image": f"{base}/_static/card.png"}
+        facts |= {"og:url": f"{base}/{pagename}.html", "og:image": f"{base}/_static/card.jpg"}
     # One viewport is in the layout; docutils adds a second.
     tags = [re.sub(r'<meta name="viewport"[^>]*>', "", context.get("metatags", ""))]
     if base and pagename == "404":  # it is shown in the place of a page of any folder
@@ -282,16 +282,43 @@ def size_of(image: Path) -> tuple[int, int] | None:
     return (round(found[b"width"]), round(found[b"height"])) if len(found) == 2 else None
 
 
+def is_animated(image: Path) -> bool:
+    return b"acTL" in image.read_bytes()[:100]
+
+
+def still(animation: bytes) -> bytes:
+    """The default picture of an animated PNG: the file without the chunks of the animation."""
+    kept, place = animation[:8], 8
+    while place < len(animation):
+        end = place + 12 + int.from_bytes(animation[place : place + 4], "big")
+        if animation[place + 4 : place + 8] not in (b"acTL", b"fcTL", b"fdAT"):
+            kept += animation[place:end]
+        place = end
+    return kept
+
+
+def keep_still_pictures(app, exception) -> None:
+    """Beside each animation a still picture, for paper and for those who ask for no motion."""
+    for image in Path(app.outdir, "_images").glob("*.png"):
+        if is_animated(image):
+            image.with_name(f"still-{image.name}").write_bytes(still(image.read_bytes()))
+
+
 def give_sizes(app, pagename, templatename, context, doctree) -> None:
-    """Room for each picture before it is loaded, so that no text moves when it is."""
+    """Room for each picture before it is loaded, so that no text moves; and a still one to swap."""
     sources = {name: Path(app.srcdir, path) for path, name in app.builder.images.items()}
 
     def sized(tag: re.Match) -> str:
-        source = re.search(r'src="(?:\.\./)*_images/([^"]+)"', tag[0])
-        size = size_of(sources[html.unescape(source[1])]) if source else None
-        if size is None or "height=" in tag[0]:
-            return tag[0]
-        return f'<img width="{size[0]}" height="{size[1]}" {tag[0][5:]}'
+        source = re.search(r'src="((?:\.\./)*_images/)([^"]+)"', tag[0])
+        image = sources[html.unescape(source[2])] if source else None
+        size = size_of(image) if image and "height=" not in tag[0] else None
+        with_size = f'<img width="{size[0]}" height="{size[1]}" {tag[0][5:]}' if size else tag[0]
+        if image is None or not is_animated(image):
+            return with_size
+        calm = (
+            f'media="(prefers-reduced-motion: reduce), print" srcset="{source[1]}still-{source[2]}"'
+        )
+        return f'<picture class="animation"><source {calm} />{with_size}</picture>'
 
     if "body" in context:
         context["body"] = re.sub(r"<img [^>]*>", sized, context["body"])
@@ -412,6 +439,7 @@ def setup(app):
     app.connect("html-page-context", describe, priority=900)
     app.connect("html-page-context", give_sizes, priority=900)
     app.connect("html-page-context", drop_scripts, priority=900)
+    app.connect("build-finished", keep_still_pictures)
     app.connect("build-finished", list_pages)
     app.connect("build-finished", keep_used_icons)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -29,9 +29,26 @@ document.addEventListener("DOMContentLoaded", () => {
   };
 });
 
+// An animation can be stopped, and stands still from the start for those who ask for no motion.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const picture of document.querySelectorAll("picture.animation")) {
+    const still = picture.querySelector("source");
+    const button = Object.assign(document.createElement("button"), { type: "button", className: "pause" });
+    let plays = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+    const show = () => {
+      still.media = plays ? "print" : "all";
+      button.textContent = plays ? "Pause" : "Play";
+      button.setAttribute("aria-label", `${button.textContent} the animation`);
+    };
+    button.addEventListener("click", () => ((plays = !plays), show()));
+    (picture.closest("a") ?? picture).after(button);
+    show();
+  }
+});
+
 // Boxes that scroll sideways can be reached with the keyboard.
 function makeScrollableFocusable() {
-  const boxes = ".katex-display, div.cell_output .output, .pst-scrollable-table-container, pre";
+  const boxes = "figure, .katex-display, div.cell_output .output, .pst-scrollable-table-container, pre";
   for (const box of document.querySelectorAll(boxes)) {
     if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
   }
