@@ -132,10 +132,11 @@ def test_an_animation_has_a_still_picture(tmp_path):
     assert len(list(image.parent.iterdir())) == 3
 
 
+SPOKEN = {4: "a few seconds", 40: "half a minute", 47: "a minute", 101: "a minute and a half"}
+
+
 @pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(4, "a few seconds"), (40, "half a minute"), (47, "a minute"), (101, "a minute and a half")]
-    + [(118, "two minutes"), (200, "3 minutes")],
+    ("seconds", "words"), [*SPOKEN.items(), (118, "two minutes"), (200, "3 minutes")]
 )
 def test_times_in_words(seconds, words):
     assert execution_table.in_words(seconds) == words

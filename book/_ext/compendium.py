@@ -283,7 +283,9 @@ def size_of(image: Path) -> tuple[int, int] | None:
 
 
 def is_animated(image: Path) -> bool:
-    return b"acTL" in image.read_bytes()[:100]
+    """Whether it is a PNG of several frames: it says so before its first picture."""
+    head, picture, _ = image.read_bytes().partition(b"IDAT")
+    return bool(picture) and b"acTL" in head
 
 
 def still(animation: bytes) -> bytes:
