@@ -29,7 +29,8 @@ among = $(if $(strip $($(1))),,$(error $(1) is empty; choose among: $(2)))$(fore
 
 unexport PYTHONPATH PYTHONHOME
 .DEFAULT_GOAL := help
-.PHONY: help book test site chapters notebooks smoke laptop full coursework bench lock clean environment pdf times
+.PHONY: help book test site chapters notebooks smoke laptop full lab coursework grade chapter \
+	bench lock clean environment pdf times
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -70,8 +71,23 @@ laptop: environment ## train and evaluate what is missing or stale at laptop sca
 full: environment ## the same at full scale, on DEVICE=cuda; PROFILE=slurm
 	$(call make_results,full,cuda)
 
-coursework: environment ## copies of the chapters without the solutions, in book/_build/coursework
-	@$(BIN)/python workflow/coursework.py book/_build/coursework
+lab: environment ## JupyterLab with MyST and nbgrader, installed when first asked for
+	@$(BIN)/python workflow/environment.py lab
+	@JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab $(OPTIONS)
+
+coursework: environment ## assignments in coursework/: release, source, answers; HIDDEN=folder of tests
+	@$(BIN)/python workflow/coursework.py coursework $${HIDDEN:+--hidden "$$HIDDEN"}
+
+grade: environment ## grade submissions with nbgrader; FOLDER= holds a folder for each student
+	$(if $(FOLDER),,$(error FOLDER is empty; name the folder that holds a folder for each student))
+	@$(BIN)/python workflow/environment.py lab
+	@$(BIN)/python workflow/grade.py "$$FOLDER" coursework $${HIDDEN:+--hide "$$HIDDEN"}
+
+chapter: environment ## begin a chapter from another: FROM=06_evaluation_hais TO=08_mine
+	$(if $(FROM),,$(error FROM is empty; choose among: $(CHAPTERS)))
+	$(if $(TO),,$(error TO is empty; name the new chapter, as in TO=08_mine))
+	@$(BIN)/python workflow/new_chapter.py "$$FROM" "$$TO"
+	@$(MAKE) --no-print-directory notebooks NB="$$TO"
 
 bench: environment ## what annealing and training cost here, form by form; OPTIONS=--quick
 	@$(BIN)/python workflow/bench.py $(OPTIONS)
@@ -81,6 +97,10 @@ lock: environment ## renew requirements.lock and environment.yml; UPGRADE=1 for 
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
 		--generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-package torch \
 		$(if $(UPGRADE),--upgrade) --output-file requirements.lock requirements.in pyproject.toml
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
+		--generate-hashes --no-annotate --no-header --no-emit-index-url \
+		--constraint requirements.lock $(if $(UPGRADE),--upgrade) \
+		--output-file requirements-lab.lock requirements-lab.in
 	@$(BIN)/python workflow/conda.py
 
 clean: ## remove everything made here but the environment

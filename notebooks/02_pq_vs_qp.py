@@ -1403,11 +1403,14 @@ plt.show()
 #
 # ## Exercises
 #
-# Each statement ends with a check. Copy it under your answer: it uses names of this chapter and those that the statement asks you to define.
+# Each statement says what it asks you to do, how many points its code and its text are worth, and about how long it takes. It ends with a check. Write your answer into a cell of its own, then run the check under it: it prints a tick, or says what is wrong and gives a hint.
 #
 # ```{exercise} The price of a wrong scale
 # :label: ex-pq-slip
-# *Derive.* In {ref}`example 1 <sec-pq-affine>` let the encoder have the right mean and $r$ times the right scale. Derive both divergences as functions of $r$, without integrals in the answer, and write `price(r)`, which returns the excess of the qp loss and of the pq loss over their minimum.
+#
+# *Derive · 2 + 3 points · 20 minutes.*
+#
+# In {ref}`example 1 <sec-pq-affine>` let the encoder have the right mean and $r$ times the right scale. Derive both divergences as functions of $r$, without integrals in the answer, and write `price(r)`, which returns the excess of the qp loss and of the pq loss over their minimum.
 # Which loss punishes $r = 1/2$ more, which $r = 2$? Explain it with the words *mode-covering* and *zero-forcing*.
 #
 # ~~~python
@@ -1418,10 +1421,7 @@ plt.show()
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 3}
 # ```{solution-start} ex-pq-slip
 # :label: sol-pq-slip
 # :class: dropdown
@@ -1432,15 +1432,14 @@ plt.show()
 # Too narrow ($r = 1/2$) is dearer for pq, which must cover the posterior's mass; too wide ($r = 2$) is dearer for qp, which must not put mass where the posterior has little.
 
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% nbgrader={"solution": true, "points": 2}
 def price(r):
     return -math.log(r) + (r**2 - 1) / 2, math.log(r) + (r**-2 - 1) / 2
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 for r in (0.5, 0.8, 2.0):
-    expected = [float(excess(n, 0.0, r * math.sqrt(0.5))) for n in ("qp", "pq")]
-    checks.close(price(r), expected, rtol=1e-4, label=f"the price at {r}")
     print("r = {}: qp {:.3f} nats, pq {:.3f} nats".format(r, *price(r)))
 
 # %% [markdown]
@@ -1449,7 +1448,10 @@ for r in (0.5, 0.8, 2.0):
 #
 # ```{exercise} Weight instead of proposal
 # :label: ex-pq-weight
-# *Build.* {numref}`fig-pq-mixture` changed the density of the training draws. Change their weight instead: draw $(z, x)$ from the model, and multiply each pq loss by a weight $w(x)$ that makes $f(x) = \mathcal{N}(x; 0, 40^2)$.
+#
+# *Build · 3 + 2 points · 25 minutes.*
+#
+# {numref}`fig-pq-mixture` changed the density of the training draws. Change their weight instead: draw $(z, x)$ from the model, and multiply each pq loss by a weight $w(x)$ that makes $f(x) = \mathcal{N}(x; 0, 40^2)$.
 # Write `log_weight(x)` for observations `[..., 1]`. Then compute the effective sample size of these weights among `num_draws` draws. Would you train like this?
 #
 # ~~~python
@@ -1463,10 +1465,7 @@ for r in (0.5, 0.8, 2.0):
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 2}
 # ```{solution-start} ex-pq-weight
 # :label: sol-pq-weight
 # :class: dropdown
@@ -1475,19 +1474,13 @@ for r in (0.5, 0.8, 2.0):
 # No. Observations beyond $|x| = 40$ carry a third of $f$, and the model hardly ever draws one. How many draws count hangs on the few that fell far out, so that the effective sample size varies from seed to seed. And beyond $|x| = 60$, where $f$ still has an eighth of its mass, there is as a rule no draw to be weighted.
 
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% nbgrader={"solution": true, "points": 3}
 def log_weight(x):
     return Normal(0.0, 40.0).log_prob(x[..., 0]) - mixture.log_evidence(x)
 
 
-def log_f(x):
-    return log_weight(x) + mixture.log_evidence(x)
-
-
-checks.log_density_normalised(log_f, -300.0, 300.0, label="f")
-far = log_f(torch.tensor([[80.0]])).exp() / log_f(torch.zeros(1, 1)).exp()
-checks.close(far, [math.exp(-2)], rtol=1e-3, label="f(80) / f(0)")
+# %%
+# NBVAL_CHECK_OUTPUT
 x, _ = mixture.sample(num_draws)
 size = float(numerics.effective_sample_size(log_weight(x))) / num_draws
 checks.ordered(size, 0.2, label="ESS below a fifth of the draws")
@@ -1498,7 +1491,10 @@ checks.ordered(size, 0.2, label="ESS below a fifth of the draws")
 #
 # ```{exercise} A wake-sleep that learns the wrong scale
 # :label: ex-pq-planted
-# *Diagnose.* A colleague has written the wake-phi loss from memory. It runs, training settles, and at every $x$ the encoder of example 1 ends with the right mean and a scale that is too large:
+#
+# *Diagnose · 3 + 2 points · 30 minutes.*
+#
+# A colleague has written the wake-phi loss from memory. It runs, training settles, and at every $x$ the encoder of example 1 ends with the right mean and a scale that is too large:
 #
 # ~~~python
 # def suspicious_wake(model, q, x, num_samples):
@@ -1524,10 +1520,7 @@ checks.ordered(size, 0.2, label="ESS below a fifth of the draws")
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 2}
 # ```{solution-start} ex-pq-planted
 # :label: sol-pq-planted
 # :class: dropdown
@@ -1537,13 +1530,14 @@ checks.ordered(size, 0.2, label="ESS below a fifth of the draws")
 # At the posterior $\nabla_\phi \bar w_k = -\tfrac1K (\nabla_\phi \log q_k - \tfrac1K \sum_j \nabla_\phi \log q_j)$, and the term is in expectation a multiple of the covariance of $\log q$ and its gradient, which is minus the gradient of the entropy: the scale does not rest. Its effect on the mean is zero by symmetry, hence the right mean.
 
 
-# %%
+# %% nbgrader={"solution": true, "points": 3}
 def mended_wake(model, q, x, num_samples):
     z = q.sample((num_samples,))
     log_weights = (model.log_joint(x, z) - q.log_prob(z)).detach()
     return -(log_weights.softmax(0) * q.log_prob(z)).sum(0)
 
 
+# %%
 def suspicious_wake(model, q, x, num_samples):
     z = q.sample((num_samples,))
     log_weights = model.log_joint(x, z) - q.log_prob(z)
@@ -1572,7 +1566,10 @@ checks.ordered(10 * error, at_posterior.abs(), label="the planted fault shows")
 #
 # ```{exercise} One particle teaches nothing
 # :label: ex-pq-one
-# *Derive.* Show that the expected wake-$\phi$ gradient is zero for $K = 1$, whatever $q$ is.
+#
+# *Derive · 3 + 3 points · 35 minutes.*
+#
+# Show that the expected wake-$\phi$ gradient is zero for $K = 1$, whatever $q$ is.
 # Then let $c \in \{0, 1\}$, $P(c = 1 \mid x) = P$ and $q(1) = a = \operatorname{sigmoid}(\lambda)$, for which $\partial_\lambda \log q(c) = c - a$. Write `expected_step(a, P, num_particles)`, the exact expectation of $\sum_k \bar w_k (c_k - a)$ over all draws: a sum over the number of ones among the $K$ draws. What is the limit for many particles?
 #
 # ~~~python
@@ -1587,10 +1584,7 @@ checks.ordered(10 * error, at_posterior.abs(), label="the planted fault shows")
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 3}
 # ```{solution-start} ex-pq-one
 # :label: sol-pq-one
 # :class: dropdown
@@ -1601,8 +1595,7 @@ checks.ordered(10 * error, at_posterior.abs(), label="the planted fault shows")
 # For large $K$, $j/K \to a$ and $s_j \to P$: the limit $P - a$ is the pq gradient.
 
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% nbgrader={"solution": true, "points": 3}
 def expected_step(a, P, num_particles):
     j = torch.arange(num_particles + 1.0)
     draws = torch.distributions.Binomial(num_particles, torch.tensor(a))
@@ -1610,14 +1603,9 @@ def expected_step(a, P, num_particles):
     return (draws.log_prob(j).exp() * (ones / (ones + zeros) - a)).sum()
 
 
-values = [float(expected_step(0.2, 0.7, k)) for k in (1, 2)]
-checks.close(values[0], 0.0, atol=1e-6, label="one particle")
-w = torch.distributions.Binomial(2, torch.tensor(0.2)).sample((400_000,))
-ones = w * 3.5 / (w * 3.5 + (2 - w) * 0.375)
-error = ones.std() / 400_000**0.5
-checks.within_error(ones.mean() - 0.2, values[1], error, label="two")
-checks.close(expected_step(0.2, 0.7, 400), 0.5, atol=0.02, label="many")
-print(f"K = 2: {values[1]:.4f}")
+# %%
+# NBVAL_CHECK_OUTPUT
+print(f"K = 2: {expected_step(0.2, 0.7, 2):.4f}")
 
 # %% [markdown]
 # ```{solution-end}
@@ -1625,9 +1613,16 @@ print(f"K = 2: {values[1]:.4f}")
 #
 # ```{exercise} A model of your own
 # :label: ex-pq-model
-# *Build.* Write a new generative model as a simulator: counts, $z \sim \mathcal{N}(0, 1)$, $x \mid z \sim \operatorname{Poisson}(e^{1 + z})$.
+#
+# *Build · 4 + 1 points · 45 minutes.*
+#
+# Write a new generative model as a simulator: counts, $z \sim \mathcal{N}(0, 1)$, $x \mid z \sim \operatorname{Poisson}(e^{1 + z})$.
 # Train a Gaussian encoder `count_encoder` with `pq_loss`, for observations `[num_seeds, B, 1]`; feed its network $\log(1 + x)$. Compare its mean and scale with the posterior moments by quadrature.
 # Why could you not have used `qp_loss` without writing more code?
+#
+# ~~~python
+# num_steps, batch_size = max(num_steps, 1000), max(batch_size, 400)  # enough to train
+# ~~~
 #
 # ~~~python
 # x = torch.tensor([[0.0], [3.0], [10.0]])
@@ -1637,17 +1632,13 @@ print(f"K = 2: {values[1]:.4f}")
 # mean = (share * z).sum(-1)
 # scale = (share * (z - mean[:, None]) ** 2).sum(-1).sqrt()
 # q = at(count_encoder, x)
-# loose = 0.1 if num_steps >= 1000 else math.inf  # a short run has not trained
 # hint = "is z drawn from the prior, and x from the likelihood of that very z?"
-# checks.close(q.mean[..., 0].mean(0), mean, atol=loose, label="mean", hint=hint)
-# checks.close(q.stddev[..., 0].mean(0), scale, atol=loose, label="scale", hint=hint)
+# checks.close(q.mean[..., 0].mean(0), mean, atol=0.1, label="mean", hint=hint)
+# checks.close(q.stddev[..., 0].mean(0), scale, atol=0.1, label="scale", hint=hint)
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 1}
 # ```{solution-start} ex-pq-model
 # :label: sol-pq-model
 # :class: dropdown
@@ -1656,7 +1647,7 @@ print(f"K = 2: {values[1]:.4f}")
 # The simulator is two lines. `qp_loss` needs `log_joint(x, z)`, so it needs a density, and a path for the gradient in $z$.
 
 
-# %%
+# %% nbgrader={"solution": true, "points": 4}
 class CountEncoder(nn.Module):
     def __init__(self):
         super().__init__()

@@ -925,11 +925,14 @@ for row, label in text.items():
 #
 # ## Exercises
 #
-# Each statement ends with a check. Copy it under your answer: it uses names of this chapter and those that the statement asks you to define.
+# Each statement says what it asks you to do, how many points its code and its text are worth, and about how long it takes. It ends with a check. Write your answer into a cell of its own, then run the check under it: it prints a tick, or says what is wrong and gives a hint.
 #
 # ```{exercise} The optimal scale
 # :label: ex-it-scale
-# *Derive.* For a linear decoder, differentiate the bound in $\log \sigma_j$ and solve for the maximum. Write `best_log_scale(weight, noise_scale)`, which returns the $D$ optimal log-scales of a mean-field $q$.
+#
+# *Derive · 2 + 2 points · 15 minutes.*
+#
+# For a linear decoder, differentiate the bound in $\log \sigma_j$ and solve for the maximum. Write `best_log_scale(weight, noise_scale)`, which returns the $D$ optimal log-scales of a mean-field $q$.
 #
 # ~~~python
 # hint = "the expected squared error grows with sigma_j^2 times column j of W squared"
@@ -938,10 +941,7 @@ for row, label in text.items():
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 2}
 # ```{solution-start} ex-it-scale
 # :label: sol-it-scale
 # :class: dropdown
@@ -950,16 +950,16 @@ for row, label in text.items():
 # $\mathbb{E}_q \lVert x - W z \rVert^2$ depends on $\sigma_j$ through $\sigma_j^2 \lVert w_j \rVert^2$, so $\partial \mathcal{L} / \partial \log \sigma_j = 1 - \sigma_j^2 (\lVert w_j \rVert^2 / \sigma_x^2 + 1) = 1 - \sigma_j^2 M_{jj}$. The posterior's *marginal* variance is $(M^{-1})_{jj} \ge 1 / M_{jj}$: the mean-field optimum is too narrow.
 
 
-# %%
+# %% nbgrader={"solution": true, "points": 2}
 def best_log_scale(weight, noise_scale):
     return -0.5 * (weight.square().sum(0) / noise_scale**2 + 1).log()
 
 
-checks.close(
-    best_log_scale(toy.weight, 0.5),
-    -0.5 * M.diagonal().log(),
-    label="the log-scales",
-)
+# %%
+# NBVAL_CHECK_OUTPUT
+optimal = best_log_scale(toy.weight, 0.5).exp()
+marginal = M.inverse().diagonal().sqrt()
+print("narrower than the posterior's margins:", (optimal < marginal).tolist())
 
 # %% [markdown]
 # ```{solution-end}
@@ -967,7 +967,10 @@ checks.close(
 #
 # ```{exercise} An encoder that cannot forget
 # :label: ex-it-gate
-# *Build.* Write a step `halfway(state)` with the gate fixed at $g = 1/2$ and the Newton answer `newton(state)` as $f$. How does the distance of $\mu$ to the optimum shrink with the iterations, and why is a *learned* gate wiser?
+#
+# *Build · 2 + 2 points · 15 minutes.*
+#
+# Write a step `halfway(state)` with the gate fixed at $g = 1/2$ and the Newton answer `newton(state)` as $f$. How does the distance of $\mu$ to the optimum shrink with the iterations, and why is a *learned* gate wiser?
 #
 # ~~~python
 # path = refine(toy, halfway, x_toy, 3, start=narrow).parameters[..., :2]
@@ -977,10 +980,7 @@ checks.close(
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 2}
 # ```{solution-start} ex-it-gate
 # :label: sol-it-gate
 # :class: dropdown
@@ -989,14 +989,16 @@ checks.close(
 # The Newton answer is the optimum from anywhere, so each step halves the distance. A learned gate can be near 0 at first, where everything is wrong, and near 1 later, where only noise is left to be averaged: it is a learning-rate schedule for each coordinate.
 
 
-# %%
+# %% nbgrader={"solution": true, "points": 2}
 def halfway(state):
     return 0.5 * state.parameters + 0.5 * newton(state)
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 path = refine(toy, halfway, x_toy, 3, start=narrow).parameters[..., :2]
 ratio = (path[3] - optimum).norm() / (path[0] - optimum).norm()
-checks.close(ratio, 1 / 8, rtol=0.02, label="the shrinking")
+print(f"left of the distance after three steps: {ratio:.3f}")
 
 # %% [markdown]
 # ```{solution-end}
@@ -1004,7 +1006,10 @@ checks.close(ratio, 1 / 8, rtol=0.02, label="the shrinking")
 #
 # ```{exercise} The batch in the gradient
 # :label: ex-it-batch
-# *Diagnose.* A colleague feeds the gradient of the batch *mean* of the bound, as in the source's code, to an encoder that reads $\log(|g| + 10^{-5})$. Write `seen(gradient, batch_size)`, the logarithms that this encoder sees for per-example gradients `gradient`. For which sizes of $g$ does it see nothing but the floor when it is trained with batches of 64 and used with batches of 10,000?
+#
+# *Diagnose · 2 + 2 points · 15 minutes.*
+#
+# A colleague feeds the gradient of the batch *mean* of the bound, as in the source's code, to an encoder that reads $\log(|g| + 10^{-5})$. Write `seen(gradient, batch_size)`, the logarithms that this encoder sees for per-example gradients `gradient`. For which sizes of $g$ does it see nothing but the floor when it is trained with batches of 64 and used with batches of 10,000?
 #
 # ~~~python
 # g = torch.tensor([1e-3, -1.0, 100.0])
@@ -1014,10 +1019,7 @@ checks.close(ratio, 1 / 8, rtol=0.02, label="the shrinking")
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 2}
 # ```{solution-start} ex-it-batch
 # :label: sol-it-batch
 # :class: dropdown
@@ -1026,14 +1028,16 @@ checks.close(ratio, 1 / 8, rtol=0.02, label="the shrinking")
 # With batches of 10,000 the factor is $10^{-4}$: everything below $|g| = 0.1$ is under the floor, and all other inputs are shifted by $\log(64 / 10^4) \approx -5$ against training. An encoder fed per-example gradients does not know the size of its batch.
 
 
-# %%
+# %% nbgrader={"solution": true, "points": 2}
 def seen(gradient, batch_size):
     return ((gradient / batch_size).abs() + 1e-5).log()
 
 
-g = torch.tensor([1e-3, -1.0, 100.0])
-expected = ((g / 64).abs() + 1e-5).log()
-checks.close(seen(g, 64), expected, label="what the encoder sees")
+# %%
+# NBVAL_CHECK_OUTPUT
+g = torch.tensor([0.001, 0.1, 10.0])
+for batch_size in (64, 10_000):
+    print(batch_size, [round(v, 1) for v in seen(g, batch_size).tolist()])
 
 # %% [markdown]
 # ```{solution-end}

@@ -1577,9 +1577,14 @@ tables.run_table(study, "amc_table1", labels)
 #
 # ## Exercises
 #
+# Each statement says what it asks you to do, how many points its code and its text are worth, and about how long it takes. It ends with a check. Write your answer into a cell of its own, then run the check under it: it prints a tick, or says what is wrong and gives a hint.
+#
 # ```{exercise} The fixed point of distillation
 # :label: ex-amc-fixed
-# *Derive.* The posterior is $\mathcal{N}(0, 1/\lambda)$, the student $\mathcal{N}(0, v)$, the teacher $T$ unadjusted steps of size $\eta$, and distillation exact: the student takes the teacher's variance. Find the variance at which this loop rests, as a function `resting(precision, step_size, num_steps)`. Does it depend on $T$? What does distillation add to the bias of the chain?
+#
+# *Derive · 2 + 3 points · 20 minutes.*
+#
+# The posterior is $\mathcal{N}(0, 1/\lambda)$, the student $\mathcal{N}(0, v)$, the teacher $T$ unadjusted steps of size $\eta$, and distillation exact: the student takes the teacher's variance. Find the variance at which this loop rests, as a function `resting(precision, step_size, num_steps)`. Does it depend on $T$? What does distillation add to the bias of the chain?
 #
 # ~~~python
 # def simulated(precision, step_size, num_steps):
@@ -1600,10 +1605,7 @@ tables.run_table(study, "amc_table1", labels)
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 3}
 # ```{solution-start} ex-amc-fixed
 # :label: sol-amc-fixed
 # :class: dropdown
@@ -1612,12 +1614,13 @@ tables.run_table(study, "amc_table1", labels)
 # One step maps $v$ to $a^2 v + \eta$. Its fixed point is the $v$ of {eq}`eq-amc-ula`, and $T$ such maps have the same one. $T$ sets the speed, a factor $a^{2T}$ for each round; $\eta$ sets the bias. Distillation neither adds to it nor removes it.
 
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% nbgrader={"solution": true, "points": 2}
 def resting(precision, step_size, num_steps):
     return 1 / (precision * (1 - step_size * precision / 4))
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 print([round(resting(*settings), 3) for settings in ((5.0, 0.2, 3), (3.0, 0.5, 5))])
 
 # %% [markdown]
@@ -1626,7 +1629,10 @@ print([round(resting(*settings), 3) for settings in ((5.0, 0.2, 3), (3.0, 0.5, 5
 #
 # ```{exercise} How far from 2 log 2?
 # :label: ex-amc-deficit
-# *Derive.* Even an ideal discriminator sees little of a small error. Let the student be $\mathcal{N}(m, s^2)$ in each of $D$ independent coordinates and the teacher $(1 + \epsilon)$ times as wide. Expand the Jensen–Shannon divergence to second order in $\epsilon$ and give `deficit(epsilon, dim)`, by how much the optimal loss of {eq}`eq-amc-gan` falls short of $2 \log 2$. How large is it for a width that is wrong by a tenth, in one coordinate?
+#
+# *Derive · 2 + 3 points · 30 minutes.*
+#
+# Even an ideal discriminator sees little of a small error. Let the student be $\mathcal{N}(m, s^2)$ in each of $D$ independent coordinates and the teacher $(1 + \epsilon)$ times as wide. Expand the Jensen–Shannon divergence to second order in $\epsilon$ and give `deficit(epsilon, dim)`, by how much the optimal loss of {eq}`eq-amc-gan` falls short of $2 \log 2$. How large is it for a width that is wrong by a tenth, in one coordinate?
 #
 # ~~~python
 # z = torch.linspace(-8, 8, 4001).double()
@@ -1640,10 +1646,7 @@ print([round(resting(*settings), 3) for settings in ((5.0, 0.2, 3), (3.0, 0.5, 5
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 3}
 # ```{solution-start} ex-amc-deficit
 # :label: sol-amc-deficit
 # :class: dropdown
@@ -1652,12 +1655,13 @@ print([round(resting(*settings), 3) for settings in ((5.0, 0.2, 3), (3.0, 0.5, 5
 # For $p_\epsilon$ near $p_0$, $\operatorname{JS} \approx \tfrac18 I \epsilon^2$ with the Fisher information $I$ of the parameter. For $\log s$ it is 2 in each coordinate, and it adds over independent ones. The deficit is $2 \operatorname{JS} \approx \tfrac12 D \epsilon^2$: for a tenth in one coordinate 0.005, less than the loss of one minibatch fluctuates.
 
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% nbgrader={"solution": true, "points": 2}
 def deficit(epsilon, dim):
     return dim * epsilon**2 / 2
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 print(f"a tenth: {deficit(0.1, 1):.3f} nats of {2 * math.log(2):.3f}")
 
 # %% [markdown]
@@ -1666,7 +1670,10 @@ print(f"a tenth: {deficit(0.1, 1):.3f} nats of {2 * math.log(2):.3f}")
 #
 # ```{exercise} Whose z trains the decoder?
 # :label: ex-amc-whose
-# *Build.* Train the decoder of the linear model once on the student's $z$ and once on the teacher's (a step of it is `amc.descend(-model.log_joint(x, z), optimizer)`), with a student whose mean is exact and whose standard deviation is held at 0.01. The teacher takes ten steps of 0.1 from there. Start from the true decoder, take 40 steps, and collect the learned noise scales in `noise`, a dictionary with the keys "student" and "teacher". Which one is too small, and why?
+#
+# *Build · 3 + 2 points · 35 minutes.*
+#
+# Train the decoder of the linear model once on the student's $z$ and once on the teacher's (a step of it is `amc.descend(-model.log_joint(x, z), optimizer)`), with a student whose mean is exact and whose standard deviation is held at 0.01. The teacher takes ten steps of 0.1 from there. Start from the true decoder, take 40 steps, and collect the learned noise scales in `noise`, a dictionary with the keys "student" and "teacher". Which one is too small, and why?
 #
 # ~~~python
 # hint = "does the teacher start from the student's z, and does only z differ?"
@@ -1677,10 +1684,7 @@ print(f"a tenth: {deficit(0.1, 1):.3f} nats of {2 * math.log(2):.3f}")
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 2}
 # ```{solution-start} ex-amc-whose
 # :label: sol-amc-whose
 # :class: dropdown
@@ -1688,8 +1692,7 @@ print(f"a tenth: {deficit(0.1, 1):.3f} nats of {2 * math.log(2):.3f}")
 #
 # Narrow $z$ explain $x$ too well: the residuals that set $\sigma$ miss the part that comes from posterior uncertainty. The chain puts that part back, more of it with more steps.
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% nbgrader={"solution": true, "points": 3}
 noise = {}
 for whose in ("student", "teacher"):
     model = LinearGaussian(truth.weight.detach(), truth.bias.detach(), 1.0)
@@ -1701,7 +1704,10 @@ for whose in ("student", "teacher"):
         z = teacher(x, z) if whose == "teacher" else z
         amc.descend(-model.log_joint(x, z), optimizer)
     noise[whose] = model.noise_scale.item()
-checks.ordered(noise["student"] + 0.05, noise["teacher"], label="the order")
+
+# %%
+# NBVAL_CHECK_OUTPUT
+print("the student's scale is smaller:", noise["student"] < noise["teacher"])
 
 # %% [markdown]
 # ```{solution-end}
@@ -1709,7 +1715,10 @@ checks.ordered(noise["student"] + 0.05, noise["teacher"], label="the order")
 #
 # ```{exercise} A check that a collapsed student passes
 # :label: ex-amc-planted
-# *Diagnose.* A colleague accepts a student if its draws explain their own observation as well as the teacher's do, and another one much worse:
+#
+# *Diagnose · 3 + 2 points · 30 minutes.*
+#
+# A colleague accepts a student if its draws explain their own observation as well as the teacher's do, and another one much worse:
 #
 # ~~~python
 # def suspicious_check(x, z, teacher):
@@ -1740,10 +1749,7 @@ checks.ordered(noise["student"] + 0.05, noise["teacher"], label="the order")
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 2}
 # ```{solution-start} ex-amc-planted
 # :label: sol-amc-planted
 # :class: dropdown
@@ -1752,14 +1758,15 @@ checks.ordered(noise["student"] + 0.05, noise["teacher"], label="the order")
 # The log-likelihood is highest at one point, not under the posterior: a student that has collapsed there beats the teacher. The comparison with another observation only shows that the mean depends on $x$. Means *and* variances must agree, each in the teacher's units.
 
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% nbgrader={"solution": true, "points": 3}
 def mended_check(x, z, teacher):
     squared_error, log_ratio = diagnostics.moment_errors(z, teacher)
     near = squared_error.mean().clamp(min=0).sqrt() < 0.35
     return bool(near and log_ratio.mean().abs() < 0.2)
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 x, _ = small.sample(50)
 pair = [posterior_draws(x, range(200)) for _ in range(2)]
 print("exact draws are accepted:", mended_check(x, *pair))
@@ -1770,7 +1777,10 @@ print("exact draws are accepted:", mended_check(x, *pair))
 #
 # ```{exercise} When do chains outgrow an encoder?
 # :label: ex-amc-memory
-# *Estimate.* Take $D = 128$ latents and $K = 10$ persistent chains in single precision. From how many images `num_data` on do they take more memory than an encoder of ten million weights? What else is lost when the images are augmented at random at each visit?
+#
+# *Derive · 2 + 1 points · 10 minutes.*
+#
+# Take $D = 128$ latents and $K = 10$ persistent chains in single precision. From how many images `num_data` on do they take more memory than an encoder of ten million weights? What else is lost when the images are augmented at random at each visit?
 #
 # ~~~python
 # hint = "each weight and each coordinate of a chain takes four bytes"
@@ -1779,10 +1789,7 @@ print("exact draws are accepted:", mended_check(x, *pair))
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 1}
 # ```{solution-start} ex-amc-memory
 # :label: sol-amc-memory
 # :class: dropdown
@@ -1790,9 +1797,11 @@ print("exact draws are accepted:", mended_check(x, *pair))
 #
 # $4 N K D$ bytes exceed $4 \cdot 10^7$ from $N = 10^7 / 1280$ on. Under augmentation each visit shows another $x$, so a stored $z$ was improved for a different posterior. The binarisation of MNIST at each visit is already such an augmentation.
 
+# %% nbgrader={"solution": true, "points": 2}
+num_data = math.ceil(1e7 / 1280)
+
 # %%
 # NBVAL_CHECK_OUTPUT
-num_data = math.ceil(1e7 / 1280)
 print(num_data, "images")
 
 # %% [markdown]

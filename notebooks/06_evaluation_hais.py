@@ -887,11 +887,14 @@ print(f"full covariance minus annealing: {difference.mean:.1f} nats")
 #
 # ## Exercises
 #
-# Each statement ends with a check. Copy it under your answer: it uses names of this chapter and those that the statement asks you to define.
+# Each statement says what it asks you to do, how many points its code and its text are worth, and about how long it takes. It ends with a check. Write your answer into a cell of its own, then run the check under it: it prints a tick, or says what is wrong and gives a hint.
 #
 # ```{exercise} The gap of perfect transitions
 # :label: ex-eval-perfect
-# *Derive.* Show the first equality of {eq}`eq-eval-spacing`. Then take one latent with $z \sim \mathcal{N}(0, 1)$, $x \mid z \sim \mathcal{N}(z, \sigma^2)$, $x = 1$ and $\sigma$ = `noise_scale`, and write `perfect_gap(schedule)`, the gap in nats of chains whose transitions are exact draws. No sampling is needed.
+#
+# *Derive · 3 + 3 points · 35 minutes.*
+#
+# Show the first equality of {eq}`eq-eval-spacing`. Then take one latent with $z \sim \mathcal{N}(0, 1)$, $x \mid z \sim \mathcal{N}(z, \sigma^2)$, $x = 1$ and $\sigma$ = `noise_scale`, and write `perfect_gap(schedule)`, the gap in nats of chains whose transitions are exact draws. No sampling is needed.
 #
 # ~~~python
 # def simulated_gap(schedule, num_chains=200_000):
@@ -914,10 +917,7 @@ print(f"full covariance minus annealing: {difference.mean:.1f} nats")
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 3}
 # ```{solution-start} ex-eval-perfect
 # :label: sol-eval-perfect
 # :class: dropdown
@@ -926,8 +926,7 @@ print(f"full covariance minus annealing: {difference.mean:.1f} nats")
 # Let $\pi_t = f_t / Z_t$ with $Z_0 = 1$, $Z_T = p_\theta(x)$. An increment at an exact draw from $\pi_{t-1}$ has mean $\mathbb{E}_{\pi_{t-1}} \log (f_t / f_{t-1}) = \log (Z_t / Z_{t-1}) - \operatorname{KL}(\pi_{t-1} \,\|\, \pi_t)$, and the logarithms telescope. Here $\pi_t$ is normal with precision $\lambda_t = 1 + b_t / \sigma^2$ and mean $(b_t / \sigma^2)\, x / \lambda_t$.
 
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% nbgrader={"solution": true, "points": 3}
 def perfect_gap(schedule):
     precision = 1 + schedule / noise_scale**2
     mean = schedule / noise_scale**2 / precision
@@ -936,6 +935,8 @@ def perfect_gap(schedule):
     return 0.5 * (ratio - 1 - ratio.log() + distance).sum().item()
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 for spacing in (linear_schedule(10), linear_schedule(10) ** 4):
     print(f"gap of ten perfect transitions: {perfect_gap(spacing):.2f} nats")
 
@@ -947,7 +948,10 @@ for spacing in (linear_schedule(10), linear_schedule(10) ** 4):
 #
 # ```{exercise} The reverse chain
 # :label: ex-eval-reverse
-# *Build.* Write `reverse_anneal(log_prior, log_likelihood, z, schedule, step_size, generator)`, the upper half of the sandwich, in the style of the ten lines of this chapter: z holds exact draws from the posterior, and the log-weight has the sign of the forward one, so that $\mathbb{E}[1/w] = 1 / p_\theta(x)$.
+#
+# *Build · 4 + 2 points · 35 minutes.*
+#
+# Write `reverse_anneal(log_prior, log_likelihood, z, schedule, step_size, generator)`, the upper half of the sandwich, in the style of the ten lines of this chapter: z holds exact draws from the posterior, and the log-weight has the sign of the forward one, so that $\mathbb{E}[1/w] = 1 / p_\theta(x)$.
 #
 # ~~~python
 # posterior = independent_model(2).posterior(torch.ones(1, 2).double())
@@ -964,10 +968,7 @@ for spacing in (linear_schedule(10), linear_schedule(10) ** 4):
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 2}
 # ```{solution-start} ex-eval-reverse
 # :label: sol-eval-reverse
 # :class: dropdown
@@ -976,8 +977,7 @@ for spacing in (linear_schedule(10), linear_schedule(10) ** 4):
 # Read the proof of {prf:ref}`thm-eval-unbiased` from the other end: $z_{T-1} \sim \pi_T$ is the posterior draw itself, so the first increment needs no move; then each move leaves the density invariant at whose temperature the next increment ends.
 
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% nbgrader={"solution": true, "points": 4}
 def reverse_anneal(log_prior, log_likelihood, z, schedule, step_size, generator):
     log_weights, backwards = 0.0, schedule.flip(0)
     for now, before in itertools.pairwise(backwards):
@@ -990,6 +990,8 @@ def reverse_anneal(log_prior, log_likelihood, z, schedule, step_size, generator)
     return log_weights
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 posterior = independent_model(2).posterior(torch.ones(1, 2).double())
 with torch.random.fork_rng():
     torch.manual_seed(33)
@@ -1005,7 +1007,10 @@ print(f"upper bound minus log p(x): {abs(upper - small_truth):.1f} nats")
 #
 # ```{exercise} Two bounds that agree on nonsense
 # :label: ex-eval-nonsense
-# *Diagnose.* A colleague certifies a decoder whose likelihood carries a factor left over from training. The sandwich is tight, so the number must be right:
+#
+# *Diagnose · 3 + 3 points · 30 minutes.*
+#
+# A colleague certifies a decoder whose likelihood carries a factor left over from training. The sandwich is tight, so the number must be right:
 #
 # ~~~python
 # def their_likelihood(z):
@@ -1036,10 +1041,7 @@ print(f"upper bound minus log p(x): {abs(upper - small_truth):.1f} nats")
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 3}
 # ```{solution-start} ex-eval-nonsense
 # :label: sol-eval-nonsense
 # :class: dropdown
@@ -1048,8 +1050,7 @@ print(f"upper bound minus log p(x): {abs(upper - small_truth):.1f} nats")
 # With the factor $b = 0.95$ the path ends at $p(z)\, p_\theta(x \mid z)^b$. Both bounds then enclose $\log \int p(z)\, p_\theta(x \mid z)^{b} dz$, and the tighter the sandwich, the more certain the wrong number: agreement shows that two runs estimate *one* quantity, not which. Since $p(x \mid z)^b = (2\pi\sigma^2)^{-b/2} (2\pi\sigma^2/b)^{1/2}\, \mathcal{N}(x; z, \sigma^2/b)$, the integral is that factor times $\mathcal{N}(x; 0, 1 + \sigma^2/b)$. A model whose evidence is known, such as this one, finds the mistake; a certificate alone cannot.
 
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% nbgrader={"solution": true, "points": 3}
 def enclosed(power, dim):
     variance = noise_scale**2
     log_factor = 0.5 * (1 - power) * math.log(2 * math.pi * variance)
@@ -1058,6 +1059,8 @@ def enclosed(power, dim):
     return dim * (log_factor + marginal.log_prob(torch.tensor(1.0)).item())
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 print(f"enclosed {enclosed(0.95, 2):.2f}, log p(x) {small_truth:.2f}")
 
 # %% [markdown]
@@ -1066,7 +1069,10 @@ print(f"enclosed {enclosed(0.95, 2):.2f}, log p(x) {small_truth:.2f}")
 #
 # ```{exercise} Thermodynamic integration
 # :label: ex-eval-thermo
-# *Derive.* Differentiate $\log \int f_b(z)\, dz$ in $b$ and show that $\log p_\theta(x) = \int_0^1 \mathbb{E}_{f_b}[\log p_\theta(x \mid z)]\, db$. For the independent model with all entries of $x$ equal to 1, write `expected_log_likelihood(b, dim)` in closed form, for a tensor of inverse temperatures. Is the trapezoidal estimate from a chain's averages a bound?
+#
+# *Derive · 3 + 3 points · 35 minutes.*
+#
+# Differentiate $\log \int f_b(z)\, dz$ in $b$ and show that $\log p_\theta(x) = \int_0^1 \mathbb{E}_{f_b}[\log p_\theta(x \mid z)]\, db$. For the independent model with all entries of $x$ equal to 1, write `expected_log_likelihood(b, dim)` in closed form, for a tensor of inverse temperatures. Is the trapezoidal estimate from a chain's averages a bound?
 #
 # ~~~python
 # b = linear_schedule(4000)
@@ -1078,10 +1084,7 @@ print(f"enclosed {enclosed(0.95, 2):.2f}, log p(x) {small_truth:.2f}")
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 3}
 # ```{solution-start} ex-eval-thermo
 # :label: sol-eval-thermo
 # :class: dropdown
@@ -1092,8 +1095,7 @@ print(f"enclosed {enclosed(0.95, 2):.2f}, log p(x) {small_truth:.2f}")
 # The estimate is no bound. Chains that lag behind the temperature make the integrand too small, and the trapezoidal rule errs with the sign of the curvature; the two need not add up to an error of known sign. The sum {eq}`eq-eval-weight` is the same integral by the left-hand rule, *chain by chain and inside the exponential*, and that is what makes it one.
 
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% nbgrader={"solution": true, "points": 3}
 def expected_log_likelihood(b, dim):
     variance = noise_scale**2
     precision = 1 + b / variance
@@ -1102,6 +1104,8 @@ def expected_log_likelihood(b, dim):
     return -dim * (constant + 0.5 * mean_square / variance)
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 b = linear_schedule(4000)
 integral = torch.trapezoid(expected_log_likelihood(b, 2), b).item()
 print(f"integral {integral:.2f}, log p(x) {small_truth:.2f}")
@@ -1112,7 +1116,10 @@ print(f"integral {integral:.2f}, log p(x) {small_truth:.2f}")
 #
 # ```{exercise} A control variate of your own
 # :label: ex-eval-control
-# *Build.* Write `adjusted_mean(values, images, control)`, the estimate {eq}`eq-eval-control` without its error. Then say what goes wrong if $\beta$ is fixed at 1, and when that is harmless.
+#
+# *Build · 2 + 2 points · 20 minutes.*
+#
+# Write `adjusted_mean(values, images, control)`, the estimate {eq}`eq-eval-control` without its error. Then say what goes wrong if $\beta$ is fixed at 1, and when that is harmless.
 #
 # ~~~python
 # hint = "the slope is a covariance over the variance of the control"
@@ -1124,10 +1131,7 @@ print(f"integral {integral:.2f}, log p(x) {small_truth:.2f}")
 # ~~~
 # ```
 
-# %%
-# Your answer
-
-# %% [markdown]
+# %% [markdown] nbgrader={"grade": true, "solution": true, "points": 2}
 # ```{solution-start} ex-eval-control
 # :label: sol-eval-control
 # :class: dropdown
@@ -1136,14 +1140,15 @@ print(f"integral {integral:.2f}, log p(x) {small_truth:.2f}")
 # With $\beta = 1$ the estimate stays unbiased, since $\bar c$ is unbiased for the mean of $c$; its variance is that of $y - c$, which is as good only where the slope is near 1. For a bound on the same quantity it nearly is. For a control on another scale, such as the number of white pixels, $\beta = 1$ can be worse than no control at all.
 
 
-# %%
-# NBVAL_CHECK_OUTPUT
+# %% nbgrader={"solution": true, "points": 2}
 def adjusted_mean(values, images, control):
     centred = control[images] - control[images].mean()
     slope = (centred @ values) / centred.square().sum()
     return values.mean() + slope * (control.mean() - control[images].mean())
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 print(f"{adjusted_mean(recorded_hais, few, control).item():.1f} nats")
 
 # %% [markdown]

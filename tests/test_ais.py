@@ -557,6 +557,33 @@ def test_trajectories_that_diverge_to_infinity_are_rejected():
 # --- diagnosis and randomness --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_stiff_target_shrinks_the_step_of_the_pilot(dtype):
+    """Scale 0.05 in one direction: with a step of 0.5 every long trajectory diverges."""
+    weight = torch.tensor([[1.0, 0.5]], dtype=dtype)
+    model = LinearGaussian(weight, torch.tensor([0.3], dtype=dtype), 0.05).requires_grad_(False)
+    path, generator = path_of(model, torch.tensor([[1.5]], dtype=dtype)), seeded(0)
+    z0 = torch.randn(200, 1, 2, generator=generator, dtype=dtype)
+    settings = AISSettings(sigmoid_schedule(60), 0.5, num_leapfrog=20)
+    steps = tune_step_size(path, z0[:20], settings, generator=generator)
+    assert steps.dtype is dtype and steps[0] == 0.5 and steps[-1] < 0.1
+    result = ais(path, z0, settings._replace(step_size=steps), generator=generator)
+    estimate, se = estimate_and_se(result.log_weights)
+    assert (estimate - model.log_evidence(torch.tensor([[1.5]], dtype=dtype))).abs() < 4 * se < 1
+
+
+def test_the_pilot_does_not_depend_on_the_default_type():
+    _, _, _, path = linear_gaussian(2, 3, 0.5, num_images=2)
+    z0, settings = normal(4, 2, 2), AISSettings(sigmoid_schedule(20), 0.1, 2)
+    before = tune_step_size(path, z0, settings, generator=seeded(1))
+    torch.set_default_dtype(torch.float64)
+    try:
+        after = tune_step_size(path, z0, settings, generator=seeded(1))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
 def test_a_constant_likelihood_gives_its_value_and_full_ess():
     prior = Independent(Normal(torch.zeros(2).double(), 1.0), 1)
     path = prior.log_prob, lambda z: -3.0 + 0.0 * z.sum(-1)

@@ -143,14 +143,14 @@ def test_times_in_words(seconds, words):
 
 
 def test_heads_and_readme_tell_the_times_that_were_noted():
-    seconds = json.loads((ROOT / "workflow" / "times.json").read_text())["seconds"]
+    seconds = json.loads((ROOT / "workflow" / "times.json").read_text(encoding="utf-8"))["seconds"]
     chapters = {path.stem: path for path in (ROOT / "notebooks").glob("[0-9]*.py")}
     assert seconds.keys() == chapters.keys(), "note them with `make times`"
     for name, path in chapters.items():
-        head = path.read_text()[:2000].lower()
+        head = path.read_text(encoding="utf-8")[:2000].lower()
         assert f"about {execution_table.in_words(seconds[name])} on one core" in head, name
     row = f"| `make book` | {execution_table.in_short(seconds)} |"
-    assert row in (ROOT / "README.md").read_text(), row
+    assert row in (ROOT / "README.md").read_text(encoding="utf-8"), row
 
 
 def test_new_times_change_what_is_told(tmp_path, monkeypatch):
@@ -164,11 +164,14 @@ def test_new_times_change_what_is_told(tmp_path, monkeypatch):
     execution_table.record(
         [{"chapter": "01_a", "seconds": 34.0}, {"chapter": "02_b", "seconds": 121.0}]
     )
-    told = (tmp_path / "README.md").read_text()
+    told = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert (
         told
         == "| `make book` | 30 to 120 s each, 3 minutes in all | all |\n| `make full` | 1 s | x |\n"
     )
-    heads = [(tmp_path / "notebooks" / f"{name}.py").read_text() for name in ("01_a", "02_b")]
+    heads = [
+        (tmp_path / "notebooks" / f"{name}.py").read_text(encoding="utf-8")
+        for name in ("01_a", "02_b")
+    ]
     assert heads[0].startswith("# *About half a minute on one core.* A minute on one core.")
     assert heads[1].startswith("# *About two minutes on one core.*")

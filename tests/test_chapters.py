@@ -2,9 +2,8 @@
 
 Sizes are counted on what a reader is asked to read: solutions are left out, and cells that the page
 folds (``hide-input``: imports, plots) count for the longest cell and the longest line, but neither
-for the number of cells nor for the median. A word is a run of letters in a text cell; code,
-directives' names and options, citations and displayed mathematics are no words, and a piece of
-inline mathematics is one. A line of code is a line that is not blank.
+for the number of cells nor for the median. Words are counted by ``workflow/words.py``. A line of
+code is a line that is not blank.
 """
 
 import ast
@@ -21,12 +20,14 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import yaml
-from coursework import without_solutions
+from coursework import HIDDEN, Book, exercises, filed, hidden_tests, without_solutions
 from execute import execute, read_chapter
 from papermill.exceptions import PapermillExecutionError
+from words import num_words
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
+BOOK = Book.read()
 
 # Chapters that have still to be brought to these sizes; the list may only get shorter.
 TO_BE_FINISHED = {"01_vi_recap"}
@@ -64,32 +65,6 @@ def parameters_of(chapter: Path) -> dict[str, str]:
 
 def is_check_cell(cell) -> bool:
     return "checks.parameters(" in cell.source
-
-
-FENCE = re.compile(r"^(`{3,}|:{3,}|~{3,})\s*(\{(?P<directive>[\w:-]+)\})?(?P<info>.*)$")
-NO_PROSE = {"code-block", "code-cell", "math", "bibliography", "figure", "image", "include"}
-
-
-def prose_lines(markdown: str):
-    """The lines outside code, directive heads and directive options."""
-    open_fences = []  # (fence, whether its content is prose)
-    for line in markdown.splitlines():
-        fence = FENCE.match(line)
-        if fence and open_fences and fence[1] == open_fences[-1][0] and not line[len(fence[1]) :]:
-            open_fences.pop()
-        elif fence:
-            directive = fence["directive"]
-            open_fences.append((fence[1], directive is not None and directive not in NO_PROSE))
-        elif all(is_prose for _, is_prose in open_fences) and not re.match(r":\w+:", line):
-            yield line
-
-
-def num_words(markdown: str) -> int:
-    text = "\n".join(prose_lines(markdown))
-    text = re.sub(r"\$\$.*?\$\$(\s*\([\w:-]+\))?", " ", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->|\{[\w:-]+\}`[^`]*`|\]\([^)]*\)", " ", text, flags=re.DOTALL)
-    text = re.sub(r"\$[^$]+\$|`[^`]+`", " symbol ", text)
-    return len(re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", text))
 
 
 def num_lines(cell) -> int:
@@ -195,7 +170,7 @@ def test_committed_notebook_is_under_two_megabytes(chapter):
 def read_cells(chapter):
     """The code that a reader is asked to read: all of it, and what the page does not fold."""
     notebook = without_solutions(read_chapter(chapter))
-    cells = [cell for cell in code_cells(notebook) if cell.source != "# Your answer"]
+    cells = code_cells(notebook)
     return cells, [cell for cell in cells if "hide-input" not in tags(cell)]
 
 
@@ -259,18 +234,6 @@ def test_figures_are_folded_numbered_and_described(chapter):
 
 # --- exercises -----------------------------------------------------------------------------------
 
-EXERCISE = re.compile(
-    r"```\{exercise\}[^\n]*\n:label: (?P<label>\S+)\n(?P<body>.*?)\n```", re.DOTALL
-)
-SNIPPET = re.compile(r"~~~python\n(.*?)~~~", re.DOTALL)
-
-
-def exercises(chapter):
-    """Label -> (statement, its snippets)."""
-    cells = [cell.source for cell in read_chapter(chapter).cells if cell.cell_type == "markdown"]
-    found = EXERCISE.finditer("\n".join(cells))
-    return {one["label"]: (one["body"], SNIPPET.findall(one["body"])) for one in found}
-
 
 def names(source, context):
     return {
@@ -290,64 +253,51 @@ def imported(source):
             yield from (alias.asname or alias.name for alias in node.names)
 
 
-@each_finished_chapter
-def test_checks_of_exercises_need_only_the_chapter_and_the_answer(chapter):
-    """The snippet runs before the solution is seen: what the solution alone defines, it lacks."""
-    cells, _ = read_cells(chapter)
-    known = set(dir(builtins)) | {"NBGRADER_EXECUTION"}
-    for cell in cells:
+@each_chapter
+def test_statements_say_what_they_ask_and_end_with_a_check_and_a_hint(chapter):
+    """The check runs before the solution is seen: what the solution alone defines, it lacks."""
+    known = set(dir(builtins))
+    for cell in read_cells(chapter)[0]:
         known |= names(cell.source, ast.Store) | set(imported(cell.source))
-    statements = exercises(chapter)
-    assert 3 <= len(statements) <= 6
-    for label, (body, snippets) in statements.items():
-        assert snippets, f"{label} has no check"
-        code = "\n".join(snippets)
-        assert "checks." in snippets[-1] and "hint=" in snippets[-1], label
-        text = SNIPPET.sub("", body)
-        asked = {name.split("(")[0] for name in re.findall(r"`([A-Za-z_]\w*(?:\([^`]*\))?)`", text)}
-        missing = names(code, ast.Load) - known - names(code, ast.Store) - asked
+    stated = exercises(read_chapter(chapter))
+    assert 3 <= len(stated) <= 6
+    assert {one.head["kind"] for one in stated.values()} == {"Derive", "Build", "Diagnose"}
+    for label, one in stated.items():
+        assert (int(one.head["code"]), int(one.head["text"])) == (one.points, one.text_points)
+        assert one.points and one.text_points and one.answer and one.text
+        assert "checks." in one.check and "hint=" in one.check, label
+        assert one.title[0].isupper() and not one.title.startswith(("Derive", "Build", "Diagnose"))
+        code = "\n".join([*one.given, one.check])
+        missing = names(code, ast.Load) - known - names(code, ast.Store) - one.asked
         assert not missing, f"{label} uses {missing}, which neither chapter nor statement defines"
 
 
-WRONG = sorted((ROOT / "tests" / "wrong_answers").glob("[0-9]*.md"))
-ANSWER = re.compile(r"^## (\S+)\n.*?```python\n(.*?)```", re.DOTALL | re.MULTILINE)
+def run(source: str, space: dict) -> None:
+    exec(compile(source, "coursework", "exec"), space)
 
 
-def solutions(chapter):
-    """Label of the exercise -> the code of its solution."""
-    found, label = {}, None
-    for cell in read_chapter(chapter).cells:
-        if cell.cell_type == "code" and label:
-            found[label] = found.get(label, "") + cell.source + "\n"
-        elif cell.cell_type == "markdown":
-            gates = re.findall(r"\{solution-(start|end)\} ?(\S*)", cell.source)
-            label = gates[-1][1] if gates and gates[-1][0] == "start" else None
-    return found
-
-
-@pytest.mark.parametrize("answers", WRONG, ids=lambda path: path.stem)
-def test_checks_accept_the_solution_and_refuse_plausible_wrong_answers(answers):
-    """The chapter runs at its smoke size, then every check on both kinds of answers, trained."""
-    chapter = (ROOT / "notebooks" / answers.name).with_suffix(".py")
-    smoke = yaml.safe_load((chapter.parent / "params" / f"{chapter.stem}.smoke.yaml").read_text())
-    space = {"__name__": "chapter"}
+@each_chapter
+def test_checks_tell_right_from_wrong_and_blank_answers(chapter, monkeypatch):
+    """The instructor's copy runs cell by cell, with other answers before the right ones."""
+    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
     plt.switch_backend("Agg")
-    for cell in read_cells(chapter)[0]:
-        exec(compile(cell.source, chapter.name, "exec"), space)
-        if "parameters" in tags(cell):
-            space |= smoke
+    hidden = hidden_tests(chapter.stem, [HIDDEN])
+    wrong = filed(ROOT / "tests" / "wrong_answers" / f"{chapter.stem}.md")
+    stated = exercises(read_chapter(chapter))
+    assert set(wrong) == set(hidden) == set(stated)
+    space = {"__name__": "coursework"}
+    for cell in code_cells(BOOK.assignment(chapter.stem, True, hidden)):
+        label = cell.id.removesuffix("-answer")
+        if label in stated:
+            visible = stated[label].check
+            with pytest.raises((NameError, KeyError, TypeError)):
+                run(visible, space | {"__name__": "blank"})
+            run(wrong[label], space)
+            with pytest.raises(AssertionError, match="Hint") as refused:
+                run(visible, space)
+            assert ", expected" not in str(refused.value)
+        run(cell.source, space)
     plt.close("all")
-    if "num_steps" in space:  # networks of an answer are trained in earnest
-        space |= {"num_steps": 1000, "batch_size": 400}
-    wrong = dict(ANSWER.findall(answers.read_text()))
-    statements, right = exercises(chapter), solutions(chapter)
-    assert set(wrong) == set(statements) == set(right)
-    for label, (_, snippets) in statements.items():
-        exec(right[label], space)
-        exec("\n".join(snippets), space)
-        exec(wrong[label], space)
-        with pytest.raises(AssertionError, match="Hint"):
-            exec("\n".join(snippets), space)
 
 
 # --- runs ----------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def test_within_error(capsys):
     checks.within_error(1.03, 1.0, 0.01, label="the mean")
     assert capsys.readouterr().out == "✓ the mean is within 4 standard errors of the truth\n"
     checks.within_error(torch.tensor(1.05), 1.0, 0.01, num_standard_errors=6)
-    message = r"is 1.05, 5.0 standard errors from 1 \(at most 4"
+    message = r"is 1.05, 5.0 standard errors off \(at most 4 allowed\); truth 1"
     refused(message, checks.within_error, 1.05, 1.0, 0.01)
     refused("nan", checks.within_error, math.nan, 1.0, 0.1)
     for standard_error in (0.0, -1.0, math.nan):
@@ -203,3 +203,19 @@ def test_mistakes_in_a_check_are_errors():
     refused("at least one name", checks.choice, error=ValueError)
     problem = (checks.log_density_normalised, torch.sum, -1, 1)
     refused("dim must be 1 or 2, got 3", *problem, dim=3, error=ValueError)
+
+
+def test_graded_copies_do_not_tell_the_answer(monkeypatch):
+    def messages():
+        for check in (
+            lambda: checks.close(1.5, 2.25, hint="look"),
+            lambda: checks.within_error(1.5, 2.25, 0.1, hint="look"),
+            lambda: checks.ordered(2.25, 1.5, hint="look"),
+        ):
+            with pytest.raises(AssertionError, match="Hint: look") as failure:
+                check()
+            yield str(failure.value)
+
+    assert all("2.25" in message for message in messages())
+    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
+    assert not any("2.25" in message for message in messages())

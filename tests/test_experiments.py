@@ -533,11 +533,11 @@ def test_an_imputation_whose_training_has_failed_says_why(root, capsys):
 # --- divergence ----------------------------------------------------------------------------------
 
 
-def test_a_run_that_diverges_is_recorded_as_failed_and_tried_again(root, capsys):
-    for word in ("missing", "failed"):
-        assert root.main("run", "small", "hot") == 1
+def test_a_run_that_diverges_is_recorded_as_failed_and_tried_again_only_when_asked(root, capsys):
+    for option, is_trained in (([], True), ([], False), (["--again"], True)):
+        assert root.main("run", "small", "hot", *option) == 1
         out, error = capsys.readouterr()
-        assert f"small/hot-laptop-seed0: {word}, running" in out
+        assert (", running" in out) is is_trained
         assert len(re.findall(r"seed\d: failed, .*: step 2: loss 'loss' is nan", out)) == 3
         names = ", ".join(f"small/hot-laptop-seed{seed}" for seed in range(3))
         assert error == f"failed: {names}\n"  # one does not keep the others from running

@@ -45,8 +45,8 @@ def train(batches, device="cpu", **options):
     step, decoder = step_of("amc_cnn_g_t5 gan", device, num_steps=5, **options)
     index = torch.arange(BATCH, device=device)
     with argument_validation(False):
-        losses = [torch.stack(list(step(x.to(device), index).values())).cpu() for x in batches]
-    return torch.stack(losses), decoder
+        losses = [list(step(x.to(device), index).values())[:3] for x in batches]
+    return torch.stack([torch.stack(values).cpu() for values in losses]), decoder
 
 
 def test_fast_drift_trains_as_the_plain_one(grey):

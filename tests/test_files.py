@@ -10,6 +10,7 @@ import math
 import os
 import random
 import signal
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -106,6 +107,17 @@ def test_a_read_only_folder_says_so(work):
             if is_superuser:
                 os.seteuid(0)
         assert os.listdir(folder) == []
+
+
+def test_what_a_killed_process_left_goes_with_the_next_writing_of_the_same_file(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    stale, others = tmp_path / f".a.json.{dead.pid}-0f.tmp", [tmp_path / ".b.json.1-0f.tmp"]
+    others.append(tmp_path / f".a.json.{os.getpid()}-0f.tmp")  # at work
+    for path in (stale, *others):
+        path.touch()
+    files.atomic_write(tmp_path / "a.json", b"{}")
+    assert set(tmp_path.iterdir()) == {tmp_path / "a.json", *others}
 
 
 # --- trees ---------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from amortised.mcmc import (
     sample_chain,
     split_rhat,
 )
+from amortised.models import LinearGaussian
 from amortised.numerics import CallCounter, value_and_grad
 
 COVARIANCE = torch.tensor([[1.0, 0.8], [0.8, 1.5]], dtype=torch.float64)
@@ -305,6 +306,38 @@ def test_sample_chain_thins_and_burns():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_trajectory_that_diverges_is_rejected_and_a_bad_start_is_not():
+    """The posterior's scale is 0.01: a step of 0.5 multiplies z by about -2,500."""
+    model = LinearGaussian(torch.tensor([[1.0, 0.5]]), torch.tensor([0.3]), 0.01)
+    target = partial(model.log_joint, torch.tensor([[1.5]]))
+    z = torch.tensor([[[0.2, -0.4]], [[1.0, 0.1]]])
+    start = init_state(z, target)
+    kernels = [
+        partial(hmc_step, step_size=0.5, num_steps=60),
+        partial(mala_step, step_size=1e30),
+        partial(metropolis_step, step_size=1e38),
+    ]
+    for kernel in kernels:
+        state, info = kernel(start, target)
+        assert not info.is_accepted.any() and not info.acceptance_probability.any()
+        torch.testing.assert_close(state.z, z, rtol=0, atol=0)
+    end, _ = leapfrog(z, torch.ones_like(z), target, 0.5, 60)
+    assert not end.isfinite().any()
+    with pytest.raises(FloatingPointError, match="use a smaller step_size"):
+        for _ in range(60):
+            z = langevin_step(z, target, 0.5)
+    with pytest.raises(ValueError, match="support"):  # arguments are still checked at the start
+        hmc_step(torch.full((1, 1, 2), torch.nan), target, 0.1, 1)
+
+
+def test_kernels_do_not_need_gradients_to_be_on():
+    plain, _ = hmc_step(torch.ones(3, 2), standard, 0.2, 3)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        inside, _ = hmc_step(torch.ones(3, 2), standard, 0.2, 3)
+    torch.testing.assert_close(inside.z.clone(), plain.z, rtol=0, atol=0)
 
 
 def test_states_may_be_positions_or_states():

@@ -180,6 +180,30 @@ def test_surrogates_share_the_value_of_the_bound(surrogate):
     torch.testing.assert_close(surrogate(model, prior_as_q(5), x, 6), expected)
 
 
+@pytest.mark.parametrize("num_zero", [1, 2, 4])
+def test_weights_of_zero_count_as_zero_also_in_the_doubly_reparameterised_bound(num_zero):
+    """Four draws, the first of which the model excludes: log 1/4 of the sum of the others."""
+
+    class Excluding(LinearGaussian):
+        def log_joint(self, x, z):
+            excluded = (torch.arange(len(z)) < num_zero)[:, None]
+            return super().log_joint(x, z).masked_fill(excluded, -torch.inf)
+
+    model = Excluding(*(t.double() for t in (torch.ones(1, 1), torch.zeros(1))), 1.0)
+    x, loc = torch.full((1, 1), 1.5).double(), torch.full((1, 1), 0.2).double().requires_grad_()
+    torch.manual_seed(5)
+    surrogate = dreg_surrogate(model, Independent(Normal(loc, torch.ones_like(loc)), 1), x, 4)
+    torch.manual_seed(5)
+    z = loc.detach() + torch.randn(4, 1, 1).double()[num_zero:]
+    log_ratio = -0.5 * (1.5 - z).square() - 0.5 * z.square() + 0.5 * (z - 0.2).square()
+    weights = torch.exp(log_ratio - 0.5 * math.log(2 * math.pi))[..., 0]
+    torch.testing.assert_close(surrogate.detach(), torch.log(weights.sum(0) / 4))
+    (grad,) = torch.autograd.grad(surrogate.sum(), loc)
+    share = weights / weights.sum(0)
+    expected = (share.square() * (1.5 - z - z + z - 0.2)[..., 0]).sum(0, keepdim=True)
+    torch.testing.assert_close(grad, expected)
+
+
 def test_bad_arguments_are_named():
     model, x = scalar_model(), torch.zeros(4, 1, dtype=torch.float64)
     with pytest.raises(ValueError, match="num_samples must be an integer, at least 1; got 0"):

@@ -149,6 +149,19 @@ def test_a_row_is_trained_and_evaluated(made, kind):
         assert torch.equal(per_image["posthoc_is_ll"], per_image["is_ll"])
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("objective")])
+def test_an_objective_is_judged_by_evidence_and_by_latents_in_use(made, kind):
+    folder, record = made(KINDS[kind])
+    sizes = {name: len(values) for name, values in values_of(folder).items()}
+    on_images = dict.fromkeys(("full_is_ll", "full_is_ess", "elbo"), 3)
+    on_images |= dict.fromkeys(("hais_ll", "hais_ess", "hais_acceptance_rate"), 2)
+    assert sizes == on_images | dict.fromkeys(ON_PAIRS, 2)
+    means = evaluation.load_module(folder / "encoder.safetensors")(
+        common.held_out_images(KINDS[kind].config)
+    ).mean
+    assert record["details"]["active_latents"] == (means.var(0) > 0.01).sum()
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("imputation")])
 def test_an_imputation_is_scored(made, kind):
     folder, record = made(KINDS[kind])
@@ -182,7 +195,7 @@ def test_rows_of_one_seed_start_from_one_decoder_and_learn_at_their_rates(kind):
     first = built(VAE).networks["decoder"].state_dict()
     config, training = TRAINED[kind].config, built(TRAINED[kind])
     decoder = training.networks["decoder"].state_dict()
-    if TRAINED[kind].recipe == "distillation":  # whose output bias comes from the data
+    if TRAINED[kind].recipe == "distillation" or config.get("output_bias") == "data":
         mean = data.load_mnist("train").images[: config["training_images"]].mean()
         first["decoder.9.bias"] = mean.logit().reshape(1)
     if TRAINED[kind].recipe != "teacher":  # which start from weights that are trained
@@ -260,9 +273,16 @@ def test_the_divergence_is_warmed_up_over_the_first_updates(monkeypatch):
     seen = []
     monkeypatch.setattr(amc, "vae_step", lambda *a, kl_weight=1.0, **k: seen.append(kl_weight + 0))
     step = recipes.distillation_training(config | {"kl_warmup": 0.5}).step
-    for _ in range(8):
-        step(None, None)
-    assert torch.allclose(torch.stack(seen), torch.tensor([0.25, 0.5, 0.75, 1, 1, 1, 1, 1.0]))
+    experiment = next(e for e in KINDS.values() if e.config.get("objective") == "elbo")
+    config = experiment.config | {"training_images": 40, "batch_size": 10, "epochs": 2}
+    other = RECIPES["objective"].build(config | {"kl_warmup": 0.5}, "cpu")
+    assert "warm-up" in other.networks
+    for update in (step, other.step):
+        seen.clear()
+        for _ in range(8):
+            update(None, None)
+        weights = torch.stack(seen)
+        assert torch.allclose(weights, torch.tensor([0.25, 0.5, 0.75, 1, 1, 1, 1, 1.0]))
 
 
 def test_validation_images_are_none_that_a_row_is_trained_on():

@@ -14,9 +14,10 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import nn
 
-from amortised import data, imputation, results, tables
+from amortised import data, evaluation, imputation, models, results, tables
 from amortised.experiments import load_studies, select, state_of
 from amortised.results import Estimate, ResultError
 
@@ -496,10 +497,11 @@ def test_weights_of_another_architecture_are_refused_by_name(tmp_path):
     assert "hidden" not in message and "net.2" not in message
     for name, value in other.state_dict().items():
         assert torch.equal(value, before[name])
+    results.save_weights(path, Decoder().double(), Decoder().architecture)
     with pytest.raises(
-        ResultError, match=r"float32 \[8\] in the file, float64 \[8\] in the module"
+        ResultError, match=r"float64 \[8\] in the file, float32 \[8\] in the module"
     ):
-        results.load_weights(path, Decoder().double(), Decoder().architecture)
+        results.load_weights(path, Decoder(), Decoder().architecture)
 
 
 def test_damaged_or_foreign_weights_are_refused(tmp_path):
@@ -527,6 +529,127 @@ def test_weights_that_are_not_finite_as_saved_are_a_failure_and_no_file(tmp_path
     assert path.read_bytes() == content
     with pytest.raises(TypeError, match=r"architecture.*cannot be JSON"):
         results.save_weights(path, Decoder(), {"class": Decoder})
+
+
+def flipped(content, bit):
+    return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
+
+
+def test_one_bit_of_a_sealed_file_is_enough_to_refuse_it(tmp_path):
+    """Every bit of the digests and of the rest of the metadata, and some of what follows."""
+    weights = tmp_path / "a.safetensors"
+    results.save_weights(weights, Decoder(), Decoder().architecture, {"study": "vae_recap"})
+    path = results.save_result(tmp_path, make_record(), PER_IMAGE)
+    readers = {weights: results.read_weights, path: results.load_result}
+    for file, read in readers.items():
+        content = file.read_bytes()
+        read(file)
+        first, rest = range(0, 8 * 200, 3), range(8 * 200, 8 * len(content), 41)
+        for bit in (*first, *rest):
+            file.write_bytes(flipped(content, bit))
+            with pytest.raises(ResultError, match=re.escape(str(file))):
+                read(file)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"seed": 0', '"seed": 1, "seed": 0'),  # a key twice, of which JSON keeps the last
+        ('"wall_seconds": 2.0', '"wall_seconds": 1.0'),
+        ('"commit": null', '"commit": "%s"' % (40 * "0")),
+        ('"metrics": {', '"metrics": {"hais": {"mean": -80.0, "se": 0.1, "n": 3}, '),
+        ('"details": {}', '"details": {"acceptance": NaN}'),
+        ("\n", "\r\n"),
+    ],
+)
+def test_an_edited_result_is_refused(tmp_path, old, new):
+    record = make_record(details={})
+    record["provenance"] |= {"wall_seconds": 2.0, "commit": None}
+    path = results.save_result(tmp_path, record, PER_IMAGE)
+    text = path.read_bytes().decode()
+    assert old in text
+    path.write_bytes(text.replace(old, new).encode())
+    with pytest.raises(ResultError, match="its digest is not that of its content"):
+        results.load_result(path)
+
+
+def test_every_committed_result_and_file_of_weights_is_sealed():
+    """Of an unsealed result made elsewhere: `save_result` it again, and commit that."""
+    for path in RESULTS.rglob("*.json"):
+        assert "sha256" in results.load_result(path).record, path
+    paths = sorted((ROOT / "data/models").rglob("*.safetensors"))
+    assert len(paths) > 15 and sum(path.stat().st_size for path in paths) < 20e6
+    for path in paths:
+        results.read_weights(path)
+        is_sealed = b"SHA-256" in path.read_bytes()[:60]
+        assert is_sealed or path.with_name(f"{path.name}.sha256").is_file(), path
+
+
+def test_weights_from_before_there_were_seals_are_vouched_for_by_a_file_beside_them(tmp_path):
+    path = tmp_path / "a.safetensors"
+    described = json.dumps({"architecture": {"class": "A"}, "details": {}})
+    content = save({"weight": torch.ones(3)}, metadata={"amortised": described})
+    path.write_bytes(content)
+    (tmp_path / "a.safetensors.sha256").write_text(hashlib.sha256(content).hexdigest() + "\n")
+    assert results.read_weights(path)[1] == {"class": "A"}
+    path.write_bytes(content[:-1] + b"\0")
+    with pytest.raises(ResultError, match=r"its digest is not that of a\.safetensors\.sha256"):
+        results.read_weights(path)
+
+
+def test_weights_load_under_the_name_of_their_own_run_alone(tmp_path):
+    details = {"study": "s", "row": "vae", "scale": "laptop", "seed": 0, "role": "decoder"}
+    for name in (
+        "models/s/vae-laptop-seed0-decoder",
+        "runs/s/vae-laptop-seed0-1a2b3c4d/decoder",
+        "elsewhere/vae-laptop-seed0-decoder",
+        "mine",
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        results.save_weights(path, Decoder(), Decoder().architecture, details)
+        assert results.read_weights(path)[2] == details
+    for name, fault in (
+        ("models/t/vae-laptop-seed0-decoder", "study is s"),
+        ("models/s/avb-laptop-seed0-decoder", "row is vae"),
+        ("models/s/vae-full-seed0-decoder", "scale is laptop"),
+        ("models/s/vae-laptop-seed1-decoder", "seed is 0"),
+        ("runs/s/vae-laptop-seed0-1a2b3c4d/encoder", "role is decoder"),
+    ):
+        other = tmp_path / f"{name}.safetensors"
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_bytes(path.read_bytes())
+        with pytest.raises(ResultError, match=f"holds weights whose {fault}"):
+            results.read_weights(other)
+
+
+def test_weights_of_a_wrapped_module_are_those_of_the_module_within(tmp_path):
+    decoder, path = Decoder(), tmp_path / "a.safetensors"
+    partly = Decoder()
+    partly.load_state_dict(decoder.state_dict())
+    partly.net = torch.compile(partly.net)
+    both = torch.compile(nn.DataParallel(decoder))
+    for wrapped in (torch.compile(decoder), nn.DataParallel(decoder), both, partly):
+        again = Decoder()
+        results.save_weights(path, wrapped, decoder.architecture)
+        results.load_weights(path, again, decoder.architecture)
+        for name, value in decoder.state_dict().items():
+            assert torch.equal(again.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_weights_of_any_type_load_exactly(tmp_path, dtype, default):
+    path = tmp_path / "a.safetensors"
+    layer = models.ConvBernoulli(2).to(dtype)
+    results.save_weights(path, layer, {"class": "ConvBernoulli", "latent_dim": 2})
+    torch.set_default_dtype(default)
+    try:
+        found = evaluation.load_module(path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    wide = torch.promote_types(dtype, default)
+    for value, expected in zip(found.parameters(), layer.parameters(), strict=True):
+        assert value.dtype is wide and torch.equal(value, expected.to(wide))
 
 
 # ------------------------------------------------------------------------------- published numbers
@@ -608,6 +731,18 @@ def test_markdown_table_formats_each_kind_of_cell():
     ]
     assert table._repr_markdown_() == str(table)
     assert results.markdown_table(["a"], [[1.25]], decimals=1).endswith("| 1.2 |")
+
+
+def test_no_text_in_a_table_is_a_live_tag():
+    table = results.markdown_table(["<b>", "c"], [["<script>alert(1)</script>", 1]])
+    assert "<" not in table and "&lt;script>" in table
+
+
+def test_the_commit_is_that_of_this_repository_whatever_git_is_told(tmp_path, monkeypatch):
+    expected = results.provenance(started=0.0)["commit"]
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path))
+    assert results.provenance(started=0.0)["commit"] == expected
 
 
 def test_markdown_table_refuses_a_ragged_row():

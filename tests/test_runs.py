@@ -335,6 +335,41 @@ def test_stopped_from_the_keyboard(workers, folder):
     assert ended.err.endswith("stopped; the same command goes on from here\n")
 
 
+@pytest.mark.parametrize("hours", [-10, 10])
+def test_a_clock_that_is_set_during_a_run_loses_nothing_and_enters_no_duration(
+    tmp_path, monkeypatch, hours
+):
+    folder, real, calls = Root(tmp_path).write().prepared(), time.time, []
+
+    def clock() -> float:
+        calls.append(None)
+        return real() + 3600.0 * hours * len(calls)
+
+    monkeypatch.setattr(time, "time", clock)
+    started = time.monotonic()
+    assert runs.execute(folder)["status"] == "done" and calls
+    record = runs.read_json(folder / "result.json")
+    seconds = record["details"]["seconds"].values()
+    assert 0 < sum(seconds) <= record["provenance"]["wall_seconds"] < time.monotonic() - started
+
+
+def test_a_request_to_terminate_ends_a_command_as_the_keyboard_does(tmp_path):
+    """The real command, and so early or late that it may be anywhere."""
+    folder = Root(tmp_path).write({"small/common/epochs": 10_000}).prepared()
+    command = [sys.executable, "-m", "amortised.runs", str(folder), "--threads=1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: (folder / "training-checkpoint.stage").exists() or process.poll())
+        process.terminate()
+        error = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.endswith("stopped; the same command goes on from here\n")
+    kept = {path.name for path in folder.iterdir()} - {
+        ".lock",
+        "training-checkpoint.stage.previous",
+    }
+    assert kept == {"run.json", "training-checkpoint.stage"}
+
+
 def test_after_the_training_each_call_does_a_stage_though_there_is_no_time(workers, whole, folder):
     assert workers(folder, "--training-only").code == 0
     assert not (folder / "result.json").exists() and (folder / "training.json").exists()
@@ -401,11 +436,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(workers, whole, folde
     [
         ("annealing-000.stage", r"annealing-000\.stage is damaged .*; remove it to start afresh"),
         ("training.json", r"training\.json is damaged .*; remove it to start afresh"),
-        ("decoder.safetensors", r"decoder\.safetensors is damaged or of something else"),
+        ("decoder.safetensors", r"decoder\.safetensors is damaged or not of this project"),
     ],
 )
 def test_a_damaged_stage_is_refused_by_name(whole, tmp_path, capsys, name, message):
-    folder = tmp_path / "run"
+    folder = tmp_path / whole()[0].name
     shutil.copytree(whole()[0], folder)
     for path in (folder / "result.json", folder / "per_image.stage"):
         path.unlink()

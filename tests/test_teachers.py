@@ -43,7 +43,8 @@ def test_a_row_goes_on_from_the_weights_and_learns(row):
         for name, value in training.networks[role].state_dict().items():
             assert torch.equal(value, before[name])
     losses = training.step(torch.bernoulli(torch.full((10, 784), 0.2)), torch.arange(10))
-    assert list(losses) == (["loss"] if row == "vae" else ["model", "encoder"])
+    noted = [f"log_likelihood_{who}" for who in ("student", "other", "teacher")]
+    assert list(losses) == (["loss"] if row == "vae" else ["model", "encoder", *noted])
     for optimizer in training.optimizers.values():
         (group,) = optimizer.param_groups
         assert group["lr"] == config["learning_rate"] and group["betas"] == (0.9, 0.999)

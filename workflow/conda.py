@@ -23,7 +23,7 @@ dependencies:
 
 def pins() -> list[str]:
     """The lock's requirements with their markers, without their hashes."""
-    lock = (ROOT / "requirements.lock").read_text()
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
     return [line.rstrip(" \\") for line in lock.splitlines() if re.match(r"\w", line)]
 
 
@@ -33,4 +33,4 @@ def environment() -> str:
 
 
 if __name__ == "__main__":
-    Path(ROOT / "environment.yml").write_text(environment())
+    Path(ROOT / "environment.yml").write_text(environment(), encoding="utf-8")

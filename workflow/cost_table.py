@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
-from amortised import experiments
+from amortised import experiments, results
 from amortised.studies import SCALES
 
 WORK = {
@@ -90,7 +90,7 @@ def timed_runs(studies: Mapping, root: Path | None) -> list[Timed]:
             seconds = {stage: share * value for stage, value in seconds.items()}
         threads = facts["device"].get("threads")
         shown = f" ({threads} thread{'s' * (threads > 1)})" if threads else ""
-        device = facts["device"]["name"] + shown
+        device = results.plain(facts["device"]["name"]) + shown
         runs.append(Timed(experiment, device, seconds))
     return runs
 

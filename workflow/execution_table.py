@@ -36,16 +36,23 @@ def in_short(seconds: dict[str, float]) -> str:
 def record(timings: list[dict]) -> None:
     seconds = {timing["chapter"]: timing["seconds"] for timing in timings}
     machine = f"one core of {os.cpu_count()}, {platform.system()} {platform.machine()}"
-    TIMES.write_text(json.dumps({"machine": machine, "seconds": seconds}, indent=2) + "\n")
+    TIMES.write_text(
+        json.dumps({"machine": machine, "seconds": seconds}, indent=2) + "\n", encoding="utf-8"
+    )
     readme = ROOT / "README.md"
-    readme.write_text(README_ROW.sub(in_short(seconds), readme.read_text()))
+    readme.write_text(
+        README_ROW.sub(in_short(seconds), readme.read_text(encoding="utf-8")), encoding="utf-8"
+    )
     for chapter, spent in seconds.items():
         source = ROOT / "notebooks" / f"{chapter}.py"
-        source.write_text(HEAD.sub(in_words(spent) + " ", source.read_text(), count=1))
+        source.write_text(
+            HEAD.sub(in_words(spent) + " ", source.read_text(encoding="utf-8"), count=1),
+            encoding="utf-8",
+        )
 
 
 def print_table(timings: list[dict]) -> None:
-    noted = json.loads(TIMES.read_text())
+    noted = json.loads(TIMES.read_text(encoding="utf-8"))
     print(
         "```{table} Seconds that each chapter took: for this site, and when its head was written."
     )
@@ -68,7 +75,9 @@ def print_table(timings: list[dict]) -> None:
 
 
 def main(paths: list[str]) -> None:
-    timings = [json.loads(Path(path).read_text()) for path in paths if path != "--record"]
+    timings = [
+        json.loads(Path(path).read_text(encoding="utf-8")) for path in paths if path != "--record"
+    ]
     (record if "--record" in paths else print_table)(timings)
 
 

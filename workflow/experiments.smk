@@ -2,7 +2,8 @@
 
 The outputs are the runs' own files, whose folders `python -m amortised.experiments prepare` has
 made; what is recorded already is not asked for. A job that failed or was killed goes on from the
-stages that it finished, which Snakemake does not know. See amortised.runs.
+stages that it finished, which Snakemake does not know. A run that diverges is finished, too: its
+result says so. Only a profile for machines that may be lost tries again. See amortised.runs.
 """
 
 import json
@@ -26,7 +27,6 @@ rule training:
     output:
         "runs/{run}/training.json",
     threads: 1
-    retries: 2
     resources:
         gpu=1 if DEVICE.startswith("cuda") else 0,
     shell:
@@ -39,7 +39,6 @@ rule result:
     output:
         "runs/{run}/result.json",
     threads: 1
-    retries: 2
     resources:
         gpu=1 if DEVICE.startswith("cuda") else 0,
     shell:

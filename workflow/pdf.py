@@ -63,7 +63,7 @@ FOOTER = (
 
 def chapters_and_pages(toc: Path) -> list[str]:
     """The pages of the book in their order, without those of the library and the bibliography's."""
-    text = toc.read_text()
+    text = toc.read_text(encoding="utf-8")
     names = re.findall(r"^root: (\S+)|^\s*- file: (\S+)", text, re.M)
     pages = [root or file for root, file in names]
     return [page for page in pages if not page.startswith("api")]

@@ -31,11 +31,12 @@ def build(lock) -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         pass_fds=[lock.fileno()],
     )
     log = re.sub(r"\x1b\[[\d;]*m", "", done.stdout)
-    (SCRATCH / "log.txt").write_text(log)
+    (SCRATCH / "log.txt").write_text(log, encoding="utf-8")
     if done.returncode:
         found = [line for line in log.splitlines() if WARNING.search(line)]
         sys.exit(
@@ -48,7 +49,7 @@ def build(lock) -> None:
 
 
 if __name__ == "__main__":
-    started = time.time()
+    started = time.monotonic()
     with hold(ROOT / ".cache" / "locks" / "site", "building the site") as lock:
         build(lock)
-    print(f"{'site':<24} built in    {time.time() - started:5.1f} s", flush=True)
+    print(f"{'site':<24} built in    {time.monotonic() - started:5.1f} s", flush=True)

@@ -31,6 +31,12 @@ from sphinxcontrib.katex import html_visit_displaymath
 
 logger = logging.getLogger(__name__)
 
+LAUNCH = {
+    "notebook_interface": "jupyterlab",
+    "colab_url": "https://colab.research.google.com",
+    "binderhub_url": "https://mybinder.org",
+}
+
 
 # --- Citations -----------------------------------------------------------------------------------
 
@@ -110,8 +116,11 @@ def number_tables(render_markdown):
 def require_chapters(app) -> None:
     """Stop with one line when the chapters that the site renders have not been executed."""
     source = Path(app.srcdir)
-    listed = re.findall(r"^\s*- file: (chapters/\S+)", (source / "_toc.yml").read_text(), re.M)
-    needed = [f"{name}.ipynb" for name in listed] + ["chapters/execution.md"]
+    listed = re.findall(
+        r"^\s*- file: (chapters/\S+)", (source / "_toc.yml").read_text(encoding="utf-8"), re.M
+    )
+    tables = [f"chapters/{name}.md" for name in ("execution", "times", "exercises")]
+    needed = [f"{name}.ipynb" for name in listed] + tables
     missing = [name for name in needed if not (source / name).is_file()]
     if missing:
         raise ExtensionError(
@@ -191,6 +200,15 @@ def drop_repeated_ids(app, doctree, docname) -> None:
         ]
 
 
+def buttons(app, config) -> None:
+    """Show the buttons that need the repository's address as soon as there is one."""
+    options = config.html_theme_options
+    known = bool(options.get("repository_url"))
+    for name in ("repository", "issues", "edit_page"):
+        options[f"use_{name}_button"] = known
+    options["launch_buttons"] = LAUNCH if known else {}
+
+
 def link_to_notebooks(app, pagename, templatename, context, doctree) -> None:
     """Lead the buttons of a chapter to ``notebooks/``, where the repository has it."""
 
@@ -210,6 +228,16 @@ def link_to_notebooks(app, pagename, templatename, context, doctree) -> None:
         context["header_buttons"] = [relocate(button) for button in context["header_buttons"]]
 
 
+def link_to_exercises(body: str) -> str:
+    """A permalink behind the title of each exercise, as headings have it."""
+    return re.sub(
+        r'(<div class="exercise admonition" id="([\w-]+)">\s*'
+        r'<p class="admonition-title">.*?)(</p>)',
+        r'\1<a class="headerlink" href="#\2" title="Link to this exercise">#</a>\3',
+        body,
+    )
+
+
 def mend_roles(app, pagename, templatename, context, doctree) -> None:
     """Names and roles that the theme and docutils leave out or get wrong."""
     navigation = context["generate_toctree_html"]
@@ -217,7 +245,8 @@ def mend_roles(app, pagename, templatename, context, doctree) -> None:
         navigation(*args, **options)
     ).replace("<summary>", '<summary aria-label="Pages of this section">')
     if "body" in context:  # a list of citations is a list
-        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+        body = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+        context["body"] = link_to_exercises(body)
 
 
 def plain_mathematics(doctree: nodes.Node) -> nodes.Node:
@@ -241,7 +270,7 @@ def index_without_tex(feed):
 
 def summary_of(app, pagename: str, doctree) -> str:
     """One sentence or two on a page: a chapter's card on the title page, or the first paragraph."""
-    title_page = Path(app.srcdir, f"{app.config.root_doc}.md").read_text()
+    title_page = Path(app.srcdir, f"{app.config.root_doc}.md").read_text(encoding="utf-8")
     card = rf":link: {pagename}\n:link-type: doc\n\*\*(.+)\*\*\n\n(.+)"
     if found := re.search(card, title_page):
         return " ".join(found.groups())
@@ -360,9 +389,11 @@ def keep_used_icons(app, exception) -> None:
     static = Path(app.outdir, "_static")
     whole = static / "vendor/fontawesome/webfonts/fa-solid-900.ttf"
     users = [*Path(app.outdir).rglob("*.html"), *static.glob("scripts/*theme.js")]
-    names = set().union(*(re.findall(r"\bfa-([a-z0-9-]+)", user.read_text()) for user in users))
+    names = set().union(
+        *(re.findall(r"\bfa-([a-z0-9-]+)", user.read_text(encoding="utf-8")) for user in users)
+    )
     font = TTFont(whole)
-    styles = "".join(style.read_text() for style in static.rglob("*.css"))
+    styles = "".join(style.read_text(encoding="utf-8") for style in static.rglob("*.css"))
     named = re.findall(r'(?:--[\w-]*icon[\w-]*|[^{]content):\s*"(?:\\(f\w{3})|(\W))"', styles)
     codes = {int(code, 16) if code else ord(char) for code, char in named}
     keep = subset.Subsetter(subset.Options(layout_features=[]))
@@ -428,6 +459,7 @@ def setup(app):
     NbElementRenderer.render_markdown = number_tables(NbElementRenderer.render_markdown)
     IndexBuilder.feed = index_without_tex(IndexBuilder.feed)
     app.add_directive("library-modules", LibraryModules)
+    app.connect("config-inited", buttons)
     app.connect("builder-inited", require_chapters)
     app.connect("builder-inited", rank_chapters_first)
     app.connect("autodoc-skip-member", skip_generated_docs)

@@ -29,7 +29,13 @@ from torch.distributions import Distribution, Independent, Normal
 
 from . import mcmc
 from .mcmc import LogDensity, ValueAndGrad
-from .numerics import check_counts, effective_sample_size, log_mean_exp, value_and_grad
+from .numerics import (
+    argument_validation,
+    check_counts,
+    effective_sample_size,
+    log_mean_exp,
+    value_and_grad,
+)
 
 _TEMPERATURES_BETWEEN_CHECKS = 50  # looking for a nan makes an accelerator wait for its results
 
@@ -462,7 +468,8 @@ def tune_step_size(
         invalid[t] = _invalid(proposal)
         if t % _TEMPERATURES_BETWEEN_CHECKS == 0:
             _raise_where(invalid, betas)
-        factor = torch.where(acceptance > target_acceptance, 1.0 + rate, 1.0 - rate)
+        grown, shrunk = (torch.full_like(acceptance, 1.0 + r) for r in (rate, -rate))
+        factor = torch.where(acceptance > target_acceptance, grown, shrunk)
         step_size = (step_size * factor[None, :, None]).clamp(*bounds)
     _raise_where(invalid, betas)
     return steps
@@ -522,6 +529,7 @@ def _start(path: AnnealedPath, z0: Tensor) -> _Point:
     return _with_exact_energy(path, point)
 
 
+@argument_validation(False)
 def _transition(
     path: AnnealedPath,
     chains: _Chains,
@@ -603,9 +611,9 @@ def _anneal(
 
 
 def _invalid(point: _Point) -> Tensor:
-    """Images with a log-density of nan or +inf at a finite z, ``[B]``."""
+    """Images with a log-density of nan or +inf at a z that has not diverged, ``[B]``."""
     total = point.log_prior + point.log_likelihood
-    return (~(total < torch.inf) & torch.isfinite(point.z).all(-1)).any(0)
+    return (~(total < torch.inf) & torch.isfinite(point.z.square().sum(-1))).any(0)
 
 
 def _raise_where(invalid: dict[int, Tensor], betas: list[float]) -> None:

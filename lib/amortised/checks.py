@@ -4,13 +4,15 @@ r"""Checks that chapters and exercises call: parameters before any work, answers
 parameters cell and papermill left behind and stops, before anything is computed, when one of them
 cannot be used. The other functions mark a reader's answer to an exercise: they print one line that
 starts with a tick, or raise an ``AssertionError`` that says by how much the answer misses and, if
-the exercise gives one, a hint.
+the exercise gives one, a hint. Where ``NBGRADER_EXECUTION`` is set, as in graded coursework, the
+message keeps to itself what the answer should have been.
 """
 
 import ast
 import difflib
 import math
 import numbers
+import os
 import re
 from collections.abc import Callable, Mapping
 
@@ -218,7 +220,7 @@ def close(
         worst = int(torch.nan_to_num(excess, nan=math.inf).argmax())
         a, e = (float(t.reshape(-1)[worst]) for t in (actual, expected))
         where = f" at flat index {worst}" if actual.numel() > 1 else ""
-        _fail(f"{label} is {a:.6g}{where}, expected {e:.6g}", hint)
+        _fail(f"{label} is {a:.6g}{where}", hint, f", expected {e:.6g}")
     print(f"✓ {label} is as expected")
 
 
@@ -248,8 +250,8 @@ def within_error(
         _fail(f"the standard error of {label} is {standard_error:.6g}, it must be positive", hint)
     distance = abs(estimate - truth) / standard_error
     if not distance <= num_standard_errors:
-        found = f"{label} is {estimate:.6g}, {distance:.1f} standard errors from {truth:.6g}"
-        _fail(f"{found} (at most {num_standard_errors:g} allowed)", hint)
+        found = f"{label} is {estimate:.6g}, {distance:.1f} standard errors off"
+        _fail(f"{found} (at most {num_standard_errors:g} allowed)", hint, f"; truth {truth:.6g}")
     print(f"✓ {label} is within {num_standard_errors:g} standard errors of the truth")
 
 
@@ -263,7 +265,7 @@ def ordered(smaller: float, larger: float, *, label: str = "the order", hint: st
     """
     smaller, larger = float(smaller), float(larger)
     if not smaller < larger:
-        _fail(f"{label} is wrong: {smaller:.6g} is not smaller than {larger:.6g}", hint)
+        _fail(f"{label} is wrong", hint, f": {smaller:.6g} is not smaller than {larger:.6g}")
     print(f"✓ {label} is as expected")
 
 
@@ -309,5 +311,6 @@ def _as_tensor(value: object) -> Tensor:
     return torch.as_tensor(value).detach().cpu().double()
 
 
-def _fail(message: str, hint: str) -> None:
-    raise AssertionError(f"✗ {message}." + (f"\nHint: {hint}" if hint else ""))
+def _fail(message: str, hint: str, answer: str = "") -> None:
+    told = "" if os.environ.get("NBGRADER_EXECUTION") else answer
+    raise AssertionError(f"✗ {message}{told}." + (f"\nHint: {hint}" if hint else ""))

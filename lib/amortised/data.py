@@ -32,7 +32,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -185,7 +185,7 @@ def _files(dataset: str) -> list[_File]:
 def _noted_sha256(file: _File) -> str | None:
     """Digest noted at the first download of a file whose source publishes none."""
     note = cache_folder() / f"{file}.sha256"
-    return note.read_text().strip() if note.is_file() else None
+    return note.read_text(encoding="utf-8").strip() if note.is_file() else None
 
 
 def digests(*datasets: str) -> dict[str, str]:
@@ -232,8 +232,9 @@ def _checked(file: _File, path: Path | None) -> bytes | None:
         return None
     path = path or data_folder() / str(file)  # an embedded file that is missing
     try:
-        raw = path.read_bytes() if path.name == file.name else lzma.decompress(path.read_bytes())
-    except (lzma.LZMAError, OSError) as error:
+        with path.open("rb") if path.name == file.name else lzma.open(path) as stream:
+            raw = _at_most(stream, file.size)
+    except (lzma.LZMAError, EOFError, OSError) as error:
         raise DataError(f"{path} cannot be read: {error}. {_remedy(file, path)}") from error
     sha256 = hashlib.sha256(raw).hexdigest()
     if file.size not in (None, len(raw)) or file.sha256 not in (None, sha256):
@@ -243,6 +244,11 @@ def _checked(file: _File, path: Path | None) -> bytes | None:
             f"  SHA-256 {sha256}, expected {file.sha256}\n{_remedy(file, path)}"
         )
     return raw
+
+
+def _at_most(stream: IO[bytes], size: int | None) -> bytes:
+    """What a file holds, or one byte more than it should: enough to find that it is another."""
+    return stream.read(-1 if size is None else size + 1)
 
 
 def _remedy(file: _File, path: Path) -> str:
@@ -328,7 +334,7 @@ def _download(file: _File, retries: int = 2) -> Path:
                 with tarfile.open(path) as packed:
                     member = packed.extractfile(f"{file.archive['folder']}/{file.name}")
                     path = folder / file.name
-                    atomic_write(path, member.read())
+                    atomic_write(path, _at_most(member, file.size))
                 _checked(file, path)
             if file.sha256 is None:
                 atomic_write(folder / f"{path.name}.sha256", pooch.file_hash(path).encode())
@@ -618,8 +624,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line ``python -m amortised.data list | fetch | verify [NAME...]``.
 
     :param arguments: words after the program's name; ``None`` takes those of the process.
-    :returns: exit status: 0, or 1 if a file is damaged or cannot be fetched, an embedded one
-        is missing, or a name is unknown.
+    :returns: exit status: 0, 1 if a file is damaged or cannot be fetched or an embedded one is
+        missing, or 2 if a name is unknown or the registry departs from its format.
 
     >>> main(["list", "mnist"])
     mnist         embedded  11.6 MB  CC BY-SA 3.0...
@@ -643,7 +649,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name:<12}  {kind:<8} {size:>6.1f} MB  {tables[name].licence}")
     except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, DataError) else 2
     return 0
 
 

@@ -18,7 +18,6 @@ import contextlib
 import copy
 import hashlib
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, MixtureSameFamily, MultivariateNormal
@@ -37,12 +35,13 @@ from .fast import LogLikelihoodAndGrad, log_likelihood_and_grad
 from .files import Work
 from .mcmc import ValueAndGrad
 from .models import LatentVariableModel
-from .numerics import check_counts, effective_sample_size, log_mean_exp, seeded
+from .numerics import check_counts, check_seed, effective_sample_size, log_mean_exp, seeded
 from .objectives import check_proposal, elbo
 from .training import fit, gradient_step, half_cosine
 
 BLOCK_SIZE = 100  # images that share a random stream, hence also what is kept or lost as one
 
+_NOISY = nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm  # unless they are told
 _PAIRS_PER_STEP = 5  # of opposite draws, behind each natural gradient
 _SAMPLES_PER_DRAW = 25  # importance samples drawn at once; part of what the random stream means
 
@@ -179,12 +178,12 @@ def importance_sampling_ll(
     >>> estimate.log_likelihood, estimate.ess.round()  # exact: the proposal is the posterior
     (tensor([-1.8280, -1.2655], dtype=torch.float64), tensor([10., 10.], dtype=torch.float64))
     """
-    _check_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
+    x = _checked_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
     check_counts(num_samples=num_samples)
 
     def evaluate(block: _Block) -> dict[str, Tensor]:
         images = x[block.images]
-        q = _one_for_each(images, proposal)
+        q = _one_for_each(model, images, proposal)
         log_joint = partial(model.log_joint, images)
         if likelihood is not None:
             log_joint = _log_joint(model, likelihood(images))
@@ -251,7 +250,7 @@ def hais_ll(
     >>> bool((estimate.log_likelihood - model.log_evidence(x)).abs().max() < 0.1)
     True
     """
-    _check_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
+    x = _checked_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
     chosen = _annealing(annealing)
 
     def evaluate(block: _Block) -> dict[str, Tensor]:
@@ -356,7 +355,7 @@ def fit_gaussian_proposal(
     >>> r(images).batch_shape, model.weight.requires_grad, model.weight.grad
     (torch.Size([64]), True, None)
     """
-    _check_images(model, images, "images", binary=False)
+    images = _checked_images(model, images, "images", binary=False)
     block = _Block(seed, 0, slice(0, len(images)), images.device)
     frozen = copy.deepcopy(model).requires_grad_(False)
     with block.seeding_all("proposal"):
@@ -394,7 +393,7 @@ class FullCovariance(NamedTuple):
 
         :raises ValueError: for an image that was not fitted.
         """
-        keys = _bytes_of(x)
+        keys = _bytes_of(x.to(self.loc.dtype))
         unknown = [i for i, key in enumerate(keys) if key not in self.position]
         if unknown:
             raise ValueError(f"image {unknown[0]} was not fitted; fit_full_covariance to it first")
@@ -453,7 +452,7 @@ def fit_full_covariance(
     >>> bool((estimate.log_likelihood - model.log_evidence(x)).abs().max() < 1e-3)
     True
     """
-    _check_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
+    x = _checked_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
     check_counts(num_steps=num_steps, num_starts=num_starts)
     prior_and_grad = ais.log_prob_and_grad(model.prior())
 
@@ -567,6 +566,7 @@ class _Block(NamedTuple):
     device: torch.device
 
     def seed_of(self, purpose: str) -> int:
+        check_seed(self.seed)
         digest = hashlib.sha256(f"{self.seed}, {purpose}, {self.number}".encode()).digest()
         return int.from_bytes(digest[:8], "little") >> 1
 
@@ -596,7 +596,7 @@ def _prepare(
         path = path._replace(log_likelihood_fn=fast.log_likelihood, exact_energies=is_coarse)
     q = prior.expand((len(x),))
     if start is not None:
-        q = _one_for_each(x, start)
+        q = _one_for_each(model, x, start)
         path = ais.path_from(q, path)
     with block.seeding_all("pilot start"):
         pilot_z0 = q.sample((annealing.pilot_chains,))
@@ -613,10 +613,15 @@ def _prepare(
 
 
 @torch.no_grad()
-def _one_for_each(x: Tensor, proposal: Proposal) -> Distribution:
-    """The proposal at x, checked to give one distribution for each observation."""
+def _one_for_each(model: LatentVariableModel, x: Tensor, proposal: Proposal) -> Distribution:
+    """The proposal at x, checked to give one density of latents for each observation."""
+    if not callable(proposal) or isinstance(proposal, LatentVariableModel):
+        raise ValueError(f"a proposal maps x to a law of z; a {type(proposal).__name__} does not")
     q = proposal(x)
     check_proposal(q, x)
+    shape = tuple(getattr(q, "event_shape", (model.latent_dim,)))
+    if shape != (model.latent_dim,):
+        raise ValueError(f"the model has latents [{model.latent_dim}], the proposal {list(shape)}")
     return q
 
 
@@ -672,7 +677,11 @@ def _annealing(choices: Mapping[str, object]) -> Annealing:
     return annealing
 
 
-def _check_images(model: LatentVariableModel, x: Tensor, name: str, binary: bool) -> None:
+def _checked_images(model: LatentVariableModel, x: Tensor, name: str, binary: bool) -> Tensor:
+    """The images in the type of the model's weights, whatever their own."""
+    for part in model.modules():
+        if part.training and isinstance(part, _NOISY):
+            raise ValueError(f"the model's {type(part).__name__} is training; call model.eval()")
     device, observation_dim = next(model.parameters()).device, model.observation_dim
     if x.ndim != 2 or x.shape[1] != observation_dim or not len(x):
         raise ValueError(
@@ -684,6 +693,7 @@ def _check_images(model: LatentVariableModel, x: Tensor, name: str, binary: bool
         raise ValueError(
             f"{name} must hold zeros and ones, not {x.min():g} to {x.max():g}; see data.binarise"
         )
+    return x.to(next(model.parameters()).dtype)
 
 
 # --- networks from files -------------------------------------------------------------------------
@@ -701,7 +711,7 @@ def build_module(architecture: Mapping[str, object]) -> nn.Module:
     2
     """
     arguments = dict(architecture)
-    name = arguments.pop("class")
+    name = str(arguments.pop("class", None))
     homes = (models, encoders, iterative)
     kind = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
@@ -717,7 +727,8 @@ def load_module(path: str | Path, device: str | torch.device = "cpu") -> nn.Modu
         instance ``{"class": "ConvBernoulli", "latent_dim": 32}``.
     :param device: where to put it.
     :raises FileNotFoundError: if there is no such file.
-    :raises amortised.results.ResultError: if it is damaged, or of something else.
+    :raises amortised.results.ResultError: if it is damaged, of something else, or of another run
+        than its name says; nothing large has been made then.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -727,12 +738,17 @@ def load_module(path: str | Path, device: str | torch.device = "cpu") -> nn.Modu
     ...     load_module(path).latent_dim
     2
     """
-    path = Path(path)
+    tensors, architecture, _ = results.read_weights(path)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            architecture = json.loads(file.metadata()["amortised"])["architecture"]
+        with torch.device("meta"):  # takes no memory, however large
+            outline = build_module(architecture).state_dict()
+        sizes = [sum(tensor.numel() for tensor in tree.values()) for tree in (outline, tensors)]
+        if sizes[0] != sizes[1]:
+            raise ValueError("its architecture has {:,} numbers, the file {:,}".format(*sizes))
         module = build_module(architecture)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise results.ResultError(f"{path} is damaged or of something else: {error}") from error
+    is_wide = any(tensor.dtype == torch.float64 for tensor in tensors.values())
+    module = module.double() if is_wide else module
     results.load_weights(path, module, architecture)
     return module.to(device)

@@ -8,12 +8,13 @@ r"""The studies of the book: which runs there are, where each stands, and how to
 ``run`` *prepares* a run (checks its options, writes ``run.json`` into its folder below ``runs/``),
 works on it as :mod:`amortised.runs` describes, and *records* what it found: checks the
 result, and copies it to ``data/results`` and the weights that the study keeps to ``data/models``.
-Stopped at any moment, by ``--max-minutes``, Ctrl-C or ``kill -9``, the same command goes on. To
+Stopped at any moment, by ``--max-minutes``, Ctrl-C or ``kill``, the same command goes on. To
 compute elsewhere, ``prepare`` here, take the folder there and back, and ``record`` here. A run is
 
 =========== ===================================================================================
 done        when its result is recorded, of the options and recipe version that are asked for now
-failed      when training or evaluation left the numbers; its result says where and why
+failed      when training or evaluation left the numbers; its result says where and why, and only
+            ``run --again`` tries once more
 partial     when some of its stages are in ``runs/``
 stale       when a result is recorded, but of other options, or damaged
 missing     otherwise
@@ -25,7 +26,6 @@ studies are those of another file.
 
 import argparse
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -116,11 +116,11 @@ def state_of(experiment: Experiment, root: Path | None = None) -> State:
         except results.ResultError as error:
             damage = " ".join(str(error).split())
     if found is not None and _is_of(found, specification):
-        kept = [_kept_weights(experiment, role, root) for role in specification["keep"]]
-        lacking = [weights.name for weights in kept if not weights.is_file()]
-        if found["status"] == "failed" or not lacking:
+        roles = () if found["status"] == "failed" else specification["keep"]
+        kept = (_kept_weights(experiment, role, root) for role in roles)
+        damage = next(filter(None, (_damage(path, specification) for path in kept)), None)
+        if damage is None:
             return State(found["status"], found)
-        damage = f"weights are missing: {', '.join(lacking)}"
     folder = run_folder(experiment, root)
     if any(path.suffix in (".stage", ".safetensors", ".previous") for path in folder.glob("*")):
         return State("partial", found, damage)
@@ -133,6 +133,19 @@ def _is_of(found: Mapping, specification: Mapping) -> bool:
     same = runs.identity(found) == runs.identity(specification)
     stated = found.get("details", {}).get("builds_on")
     return same and stated == (built_on and runs.identity(built_on))
+
+
+def _damage(weights: Path, specification: Mapping) -> str | None:
+    """What is wrong with weights that a run keeps."""
+    if not weights.is_file():
+        return f"weights are missing: {weights.name}"
+    try:
+        details = results.read_weights(weights)[2]
+    except results.ResultError as error:
+        return " ".join(str(error).split())
+    # There are weights from before there were recipes.
+    same = "recipe_version" not in details or runs.identity(details) == runs.identity(specification)
+    return None if same else f"weights are of other options: {weights.name}"
 
 
 def _kept_weights(experiment: Experiment, role: str, root: Path) -> Path:
@@ -180,17 +193,17 @@ def run_experiment(
     :param root: folder of ``data`` and ``runs``; that of the project by default.
     :param device: where to compute.
     :param stop_at: value of ``time.monotonic()`` at which to stop.
-    :param again: make a run that is done once more, from its beginning.
+    :param again: make a run that is done or has failed once more, from its beginning.
     :return: its state afterwards: done or failed.
     :raises OutOfTimeError: when ``stop_at`` has come; what is done so far is kept.
     :raises LockedError: when another process is at work on this run.
     """
     root = root or _project()
     state = state_of(experiment, root)
-    if state.word == "done" and not again:
+    if state.word in ("done", "failed") and not again:
         return state
     folder = prepare(experiment, root)
-    if again or state.word == "failed":
+    if again:
         _empty(folder)
     if experiment.needs is not None:
         trained = run_folder(experiment.needs, root)
@@ -248,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.command(chosen, options)
     except OutOfTimeError as error:
         return runs.stop(f"{error}; the same command goes on from here", runs.EXIT_OUT_OF_TIME)
+    except RecursionError:
+        return runs.stop(f"{options.file}: nested too deeply, or in itself", runs.EXIT_USAGE)
     except (data.DataError, LockedError, OSError, ValueError) as error:
         return runs.stop(str(error), runs.EXIT_USAGE)
     except KeyboardInterrupt:
@@ -279,7 +294,9 @@ def _parser() -> argparse.ArgumentParser:
     add("record", _record, "check the runs that are finished, and copy them to data/", None)
     run = add("run", _run, "make the results that are missing or stale", SCALES[0])
     run.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
-    run.add_argument("--again", action="store_true", help="make runs that are done once more")
+    run.add_argument(
+        "--again", action="store_true", help="make runs that are done or failed once more"
+    )
     runs.add_limits(run)
     return parser
 
@@ -322,7 +339,7 @@ def _run(chosen: list[Experiment], options: argparse.Namespace) -> int:
     stop_at, failed = runs.apply_limits(options), []
     for experiment in chosen:
         before = state_of(experiment, options.root)
-        if before.word != "done" or options.again:
+        if before.word not in ("done", "failed") or options.again:
             note = f" ({before.damage})" if before.damage else ""
             print(f"{experiment.name}: {before.word}, running{note}", flush=True)
         state = run_experiment(
@@ -339,4 +356,4 @@ def _run(chosen: list[Experiment], options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runs.command(main)

@@ -9,6 +9,7 @@ values is kept with a SHA-256 over its bytes, which is compared before anything 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import io
 import math
@@ -42,7 +43,8 @@ def atomic_write(path: str | os.PathLike, content: bytes) -> None:
     """Write a file so that at any moment its name holds all of the old content or all of the new.
 
     The bytes go to a temporary file in the same folder, reach the disk, and take over the name.
-    On an error the temporary file is removed and the old content stays.
+    On an error the temporary file is removed and the old content stays. One that a process left
+    behind when it was killed is removed by the next that writes the same file.
 
     :param path: file to write; its folder is made if need be.
     :param content: all of its bytes.
@@ -56,6 +58,9 @@ def atomic_write(path: str | os.PathLike, content: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
+        if not Path("/proc", stale.name.split(".")[-2].split("-")[0]).exists():
+            stale.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as stream:

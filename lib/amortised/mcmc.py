@@ -9,10 +9,15 @@ One convention for step sizes, in the library and in the book: Langevin kernels 
 ``step_size / 2`` times the gradient and add noise of standard deviation ``sqrt(step_size)``;
 Hamiltonian kernels take the leapfrog step itself. One leapfrog step of size
 :math:`\epsilon` from fresh momentum is one Langevin proposal with ``step_size`` :math:`\epsilon^2`.
+
+A step size is positive and finite, or a ``ValueError`` says so. Distributions check their arguments
+where a chain starts. Along a trajectory they do not: one that diverges has an energy that is no
+number, and is rejected.
 """
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .numerics import all_finite, check_counts, value_and_grad
+from .numerics import all_finite, argument_validation, check_counts, value_and_grad
 
 LogDensity = Callable[[Tensor], Tensor]
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -117,12 +122,20 @@ def leapfrog(
     >>> z, momentum  # close to cos(1) and -sin(1)
     (tensor([[0.5400]]), tensor([[-0.8406]]))
     """
+    _check_step_size(step_size)
     check_counts(num_steps=num_steps, minimum=0)
-    value_and_grad_fn = partial(value_and_grad, logdensity_fn)
-    state = LeapfrogState(z, momentum, *value_and_grad_fn(z))
-    for _ in range(num_steps):
-        state = leapfrog_step(state, value_and_grad_fn, step_size)
+    state = LeapfrogState(z, momentum, *value_and_grad(logdensity_fn, z))
+    state = _trajectory(state, logdensity_fn, step_size, num_steps)
     return state.z, state.momentum
+
+
+@argument_validation(False)
+def _trajectory(
+    state: LeapfrogState, logdensity_fn: LogDensity, step_size: float | Tensor, num_steps: int
+) -> LeapfrogState:
+    for _ in range(num_steps):
+        state = leapfrog_step(state, partial(value_and_grad, logdensity_fn), step_size)
+    return state
 
 
 def metropolis_step(
@@ -146,7 +159,8 @@ def metropolis_step(
     if isinstance(state, Tensor):
         state = ChainState(state, logdensity_fn(state), None)
     z = state.z + step_size * normal_like(state.z, generator)
-    proposal = ChainState(z, logdensity_fn(z), None)
+    with argument_validation(False):
+        proposal = ChainState(z, logdensity_fn(z), None)
     return _accept(state, proposal, proposal.logdensity - state.logdensity, generator)
 
 
@@ -170,19 +184,20 @@ def langevin_step(
     :param step_size: s; texts that write drift h and noise :math:`\sqrt{2h}` mean h = s / 2.
     :param generator: source of the noise; the global stream when None.
     :return: next positions, ``[..., D]``.
-    :raises FloatingPointError: when the gradient is not finite: the step size is too large for the
-        target, and the chain has left for infinity.
+    :raises FloatingPointError: when the next position is not finite, as after a gradient that is
+        not: the step size is too large for the target, and the chain has left for infinity.
     """
     _check_step_size(step_size)
     _, grad = value_and_grad(logdensity_fn, z)
-    if not all_finite(grad):
-        raise FloatingPointError(
-            "the gradient of the log-density is not finite: unadjusted Langevin dynamics diverged; "
-            "use a smaller step_size"
-        )
     step_size = torch.as_tensor(step_size, dtype=z.dtype)  # a number stays on the CPU, as a scalar
     noise = normal_like(z, generator)
-    return z.detach() + 0.5 * step_size * grad + step_size.sqrt() * noise
+    z = z.detach() + 0.5 * step_size * grad + step_size.sqrt() * noise
+    if not all_finite(z):
+        raise FloatingPointError(
+            "the chain's positions are not finite: unadjusted Langevin dynamics diverged; use a "
+            "smaller step_size"
+        )
+    return z
 
 
 def mala_step(
@@ -241,11 +256,9 @@ def hmc_step(
     check_counts(num_steps=num_steps)
     if isinstance(state, Tensor) or state.grad is None:
         state = init_state(state if isinstance(state, Tensor) else state.z, logdensity_fn)
-    value_and_grad_fn = partial(value_and_grad, logdensity_fn)
     momentum = normal_like(state.z, generator)
     end = LeapfrogState(state.z, momentum, state.logdensity, state.grad)
-    for _ in range(num_steps):
-        end = leapfrog_step(end, value_and_grad_fn, step_size)
+    end = _trajectory(end, logdensity_fn, step_size, num_steps)
     log_ratio = negative_energy(end.logdensity, end.momentum) - negative_energy(
         state.logdensity, momentum
     )
@@ -394,6 +407,7 @@ def _accept(
 
 
 def _check_step_size(step_size: float | Tensor) -> None:
-    positive = (step_size > 0).all() if isinstance(step_size, Tensor) else step_size > 0
-    if not positive:
-        raise ValueError(f"step_size must be positive; got {step_size}")
+    is_number = isinstance(step_size, Tensor | numbers.Real) and not isinstance(step_size, bool)
+    steps = torch.as_tensor(step_size if is_number else torch.nan)
+    if not ((steps > 0) & (steps < torch.inf)).all():
+        raise ValueError(f"step_size must be positive and finite; got {step_size!r}")

@@ -52,8 +52,7 @@ class LatentVariableModel(nn.Module):
         :return: ``[B]`` or ``[K, B]``.
         :raises ValueError: when the last dimensions are not P and D.
         """
-        self._check(x, z)
-        return self.likelihood(z).log_prob(x)
+        return self.likelihood(z).log_prob(self._checked(x, z))
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         r""":math:`\log p_\theta(x, z) = \log p(z) + \log p_\theta(x \mid z)` in nats.
@@ -61,7 +60,7 @@ class LatentVariableModel(nn.Module):
         Normalising constants are kept, so that ``log_joint`` minus a normalised ``log q`` is a
         log-weight for :math:`p_\theta(x)`. Arguments and errors as in :meth:`log_likelihood`.
         """
-        self._check(x, z)
+        x = self._checked(x, z)
         return self.prior().log_prob(z) + self.likelihood(z).log_prob(x)
 
     @torch.no_grad()
@@ -75,7 +74,8 @@ class LatentVariableModel(nn.Module):
         z = self.prior().sample((num_samples,))
         return self.likelihood(z).sample(), z
 
-    def _check(self, x: Tensor, z: Tensor) -> None:
+    def _checked(self, x: Tensor, z: Tensor) -> Tensor:
+        """The observations in the type of ``z``: those of bytes, truth values or doubles, too."""
         if z.shape[-1:] != (self.latent_dim,):
             raise ValueError(f"z must end in latent_dim={self.latent_dim}; got {tuple(z.shape)}")
         if x.shape[-1:] != (self.observation_dim,):
@@ -83,6 +83,7 @@ class LatentVariableModel(nn.Module):
                 f"x must end in observation_dim={self.observation_dim}; got shape "
                 f"{tuple(x.shape)} (flatten images to [B, {self.observation_dim}])"
             )
+        return x.to(z.dtype)
 
 
 class LinearGaussian(LatentVariableModel):

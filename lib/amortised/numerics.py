@@ -49,13 +49,15 @@ def argument_validation(enabled: bool) -> Iterator[None]:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed PyTorch's global streams for a while, and put them back.
 
-    :param seed: of the streams of the CPU and of ``device``.
+    :param seed: of the streams of the CPU and of ``device``, from 0 to :math:`2^{63} - 1`.
     :param device: where else numbers are drawn meanwhile.
+    :raises ValueError: for another seed.
 
     >>> with seeded(0, torch.device("cpu")):
     ...     torch.rand(2)
     tensor([0.4963, 0.7682])
     """
+    check_seed(seed)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -78,6 +80,21 @@ def check_counts(*, minimum: int = 1, **counts: object) -> None:
         is_integer = isinstance(count, numbers.Integral) and not isinstance(count, bool)
         if not is_integer or count < minimum:
             raise ValueError(f"{name} must be an integer, at least {minimum}; got {count!r}")
+
+
+def check_seed(seed: object) -> None:
+    """Check that a seed is one that every stream of random numbers takes as it is.
+
+    :raises ValueError: unless it is an integer from 0 to :math:`2^{63} - 1`.
+
+    >>> check_seed(-1)
+    Traceback (most recent call last):
+        ...
+    ValueError: seed must be an integer, at least 0; got -1
+    """
+    check_counts(minimum=0, seed=seed)
+    if seed >= 2**63:
+        raise ValueError(f"seed must be less than 2**63; got {seed}")
 
 
 def log_mean_exp(x: Tensor, dim: int) -> Tensor:
@@ -127,21 +144,25 @@ def value_and_grad(
     r"""Value of a batched scalar function and its gradient in ``z``.
 
     The function acts on each point separately, so the gradient of the sum over points is the stack
-    of the gradients :math:`\nabla_z f(z_i)`, and one backward pass gives all of them.
+    of the gradients :math:`\nabla_z f(z_i)`, and one backward pass gives all of them. It is taken
+    also where gradients are off, inside ``torch.no_grad`` and ``torch.inference_mode``.
 
     :param logdensity_fn: maps ``[..., D]`` to ``[...]``.
     :param z: points, ``[..., D]``.
     :param create_graph: keep the graph, so that the gradient can itself be differentiated (a flow
         trained through its leapfrog steps needs that). By default both results are detached.
     :return: values ``[...]`` and gradients ``[..., D]``.
-    :raises ValueError: when the function does not return one value per point.
+    :raises ValueError: when the function does not return one value per point, or z is an integer.
 
     >>> value_and_grad(lambda z: -0.5 * z.square().sum(-1), torch.tensor([[1.0, 2.0]]))
     (tensor([-2.5000]), tensor([[-1., -2.]]))
     """
-    with torch.enable_grad():
+    if not z.is_floating_point():
+        raise ValueError(f"a gradient needs floating-point positions; got z of {z.dtype}")
+    is_off = torch.is_inference_mode_enabled()
+    with torch.inference_mode(False) if is_off else contextlib.nullcontext(), torch.enable_grad():
         if not (create_graph and z.requires_grad):
-            z = z.detach().requires_grad_(True)
+            z = (z.clone() if z.is_inference() else z.detach()).requires_grad_(True)
         value = logdensity_fn(z)
         if value.shape != z.shape[:-1]:
             shapes = f"for z of shape {tuple(z.shape)} it returned {tuple(value.shape)}"

@@ -136,10 +136,11 @@ def dreg_surrogate(
     Source: Tucker, Lawson, Gu and Maddison (2019), equation 8.
     """
     log_weights, z = _path_log_weights(model, q, x, num_samples)
-    normalised = torch.softmax(log_weights.detach(), dim=0)
+    # A weight of zero counts for nothing, also where all are: 0 times -inf is 0 here.
+    normalised = torch.softmax(log_weights.detach(), dim=0).nan_to_num(nan=0.0)
     if z.requires_grad:  # the path through z is weighted once more, by the same weight
         z.register_hook(lambda grad: normalised.unsqueeze(-1) * grad)
-    surrogate = (normalised * log_weights).sum(0)
+    surrogate = torch.where(normalised > 0, normalised * log_weights, 0.0).sum(0)
     return log_mean_exp(log_weights.detach(), dim=0) + surrogate - surrogate.detach()
 
 
@@ -192,9 +193,10 @@ def pq_loss(encoder: Callable[[Tensor], Distribution], x: Tensor, z: Tensor) -> 
     >>> pq_loss(model.posterior, x, z)  # log(pi) / 2
     tensor([0.5724], grad_fn=...)
     """
-    if x.shape[:-1] != z.shape[:-1]:
+    if x.shape[:-1] != z.shape[:-1] or not x.numel():
         raise ValueError(
-            f"x and z must agree in their batch shape; got {tuple(x.shape)} and {tuple(z.shape)}"
+            "x and z must not be empty, and agree in their batch shape; got "
+            f"{tuple(x.shape)} and {tuple(z.shape)}"
         )
     return -encoder(x.detach()).log_prob(z.detach())
 
@@ -308,15 +310,23 @@ def _fixed_samples(q: Distribution, x: Tensor, num_samples: int) -> tuple[Tensor
 
 
 def check_proposal(q: Distribution, x: Tensor) -> None:
-    """Check that there is one distribution per observation.
+    """Check that there are observations, and one distribution for each.
 
     :param q: of batch shape ``[B]``.
     :param x: observations, ``[B, P]``.
-    :raises ValueError: when there is not.
+    :raises ValueError: when there is none, or q is no distribution or one of another batch shape.
+
+    >>> check_proposal(torch.zeros(5, 2), torch.zeros(5, 784))
+    Traceback (most recent call last):
+        ...
+    ValueError: q must be a distribution with a density; a Tensor is none
     """
-    if q.batch_shape != x.shape[:-1]:
+    has_parts = all(hasattr(q, name) for name in ("sample", "log_prob", "batch_shape"))
+    if not has_parts or type(q).log_prob is Distribution.log_prob:
+        raise ValueError(f"q must be a distribution with a density; a {type(q).__name__} is none")
+    if q.batch_shape != x.shape[:-1] or not x.numel():
         raise ValueError(
-            "q must have one distribution per observation: its batch shape is "
+            "q must have one distribution per observation, and at least one: its batch shape is "
             f"{tuple(q.batch_shape)}, and x has shape {tuple(x.shape)}"
         )
 

@@ -5,6 +5,9 @@ A result is one row of a study at one scale and one seed: ``data/results/<study>
 same name. :class:`amortised.schemas.ResultRecord` describes the JSON. Weights are safetensors with
 the architecture in their metadata. Every file is written under a temporary name and then renamed,
 and nothing is ever pickled.
+
+Results and weights are *sealed*: each holds the SHA-256 of all its bytes, taken with 64 zeros in
+the place of the digest. A file in which one bit has changed is refused.
 """
 
 import csv
@@ -184,10 +187,15 @@ def config_hash(config: Mapping) -> str:
 
 
 def _git(*words: str) -> str | None:
-    """Output of a git command in the repository, or ``None`` where that is no git checkout."""
+    """Output of a git command in the repository, or ``None`` where that is no git checkout.
+
+    A variable such as ``GIT_DIR`` would have git answer for another repository.
+    """
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     command = ["git", "-C", str(data_folder().parent), *words]
     try:
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+        done = subprocess.check_output(command, stderr=subprocess.DEVNULL, env=variables)
+        return done.decode(errors="replace").strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -197,7 +205,9 @@ def _device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     if device.type == "cpu" and cpuinfo.is_file():
-        names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        names = re.findall(
+            r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE
+        )
         return names[0].strip() if names else platform.machine()
     return platform.processor() or device.type
 
@@ -263,6 +273,25 @@ def result_path(root: str | Path, study: str, row: str, scale: str, seed: int) -
     return Path(root) / study / f"{row}-{scale}-seed{seed}.json"
 
 
+_BLANK = b"0" * 64  # in the place of a digest while it is taken
+
+
+def _hex(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
+
+
+def _sealed(content: bytes) -> bytes:
+    """The content with its digest in the place of the first 64 zeros."""
+    return content.replace(_BLANK, _hex(content), 1)
+
+
+def _check_seal(content: bytes, digest: object) -> None:
+    """Raise :class:`ResultError` unless ``digest``, which the content states, is its own."""
+    stated = str(digest).encode()
+    if _hex(content.replace(stated, _BLANK, 1)) != stated:
+        raise ResultError("its digest is not that of its content: it was edited or is damaged")
+
+
 def check_result(record: Mapping, per_image: Mapping[str, Tensor] | None = None) -> None:
     """Check a result's record, and its per-image values where they are given.
 
@@ -317,8 +346,7 @@ def save_result(
     two runs.
 
     :param root: the folder of all studies, ``data/results`` for results that are committed.
-    :param record: a :class:`amortised.schemas.ResultRecord` as plain data, without
-        ``per_image_sha256``.
+    :param record: a :class:`amortised.schemas.ResultRecord` as plain data; both digests are added.
     :param per_image: ``{metric: values}``, float32 ``[N]``; row n belongs to image n.
     :returns: path of the JSON file.
     :raises ResultError: if anything departs from the format, before anything is written.
@@ -335,7 +363,7 @@ def save_result(
     ...     path.name, load_result(path).per_image["elbo"].tolist()
     ('vae-smoke-seed0.json', [-90.0, -92.0])
     """
-    record = {**record, "per_image_sha256": None}
+    record = {"sha256": ""} | {**record, "sha256": _BLANK.decode(), "per_image_sha256": None}
     check_result(record, per_image)
     path = result_path(root, *(record[key] for key in ("study", "row", "scale", "seed")))
     values = path.with_suffix(".safetensors")
@@ -350,7 +378,7 @@ def save_result(
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
     waiting = path.with_name(f".{path.name}.tmp")
     try:  # both are on the disk before either takes its name: a full disk changes nothing
-        atomic_write(waiting, f"{text}\n".encode())
+        atomic_write(waiting, _sealed(f"{text}\n".encode()))
         if content is not None:
             atomic_write(values, content)
         os.replace(waiting, path)
@@ -366,9 +394,9 @@ def load_result(path: str | Path) -> Result:
 
     :param path: the JSON file.
     :raises FileNotFoundError: if there is none.
-    :raises ResultError: if the record departs from the format, lies under another name than its
-        own, or if the per-image values are missing, damaged, of another run, or disagree with the
-        metrics.
+    :raises ResultError: if the record departs from the format, was edited, lies under another name
+        than its own, or if the per-image values are missing, damaged, of another run, or disagree
+        with the metrics.
 
     >>> load_result("missing.json")
     Traceback (most recent call last):
@@ -377,14 +405,17 @@ def load_result(path: str | Path) -> Result:
     """
     path = Path(path)
     try:
-        record = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        record = json.loads(content)
         check_result(record)
         own = result_path("", *(record[key] for key in ("study", "row", "scale", "seed")))
         if own.parts != path.absolute().parts[-2:]:
             raise ResultError(f"it is the result {own.as_posix()} by its content")
         per_image = _load_per_image(path.with_suffix(".safetensors"), record["per_image_sha256"])
         check_result(record, per_image)
-    except ValueError as error:
+        if "sha256" in record:  # or it is from before there were seals
+            _check_seal(content, record["sha256"])
+    except (ValueError, RecursionError) as error:
         raise ResultError(f"{path}: {error}. Run this row again.") from error
     return Result(record, per_image)
 
@@ -405,6 +436,14 @@ def _load_per_image(path: Path, expected: str | None) -> dict[str, Tensor]:
 
 # ----------------------------------------------------------------------------------------- weights
 
+_SEAL = "SHA-256"  # first among the sorted names of the metadata
+_PARALLEL = nn.DataParallel | nn.parallel.DistributedDataParallel
+# What the name of a file says: study/row-scale-seedK-role, or study/row-scale-seedK-hash/role.
+_RUN_NAME = re.compile(
+    r"(?:(?:models|runs)/(?P<study>[^/]+)/)?(?P<row>\w+)-(?P<scale>\w+)-seed(?P<seed>\d+)-(?:\w+/)?"
+    r"(?P<role>\w+)\.safetensors$"
+)
+
 
 def save_weights(
     path: str | Path,
@@ -417,13 +456,16 @@ def save_weights(
     """Save a decoder or an encoder as safetensors that say what they are weights of.
 
     :param path: file to write, atomically.
-    :param module: its parameters and buffers are saved, from any device.
+    :param module: its parameters and buffers are saved, from any device; of a compiled or
+        data-parallel module, those of the module within.
     :param architecture: what one needs to build ``module`` again, for instance
         ``{"class": "ConvBernoulli", "latent_dim": 32}``; :func:`load_weights` compares it.
-    :param details: anything else worth keeping, for instance the provenance.
+    :param details: anything else worth keeping, for instance the provenance. Where they name study,
+        row, scale, seed or role, the file does not load under the name of another one.
     :param dtype: type to store floating-point tensors in; their own by default. Evaluate the module
         as :func:`load_weights` gives it back, if the numbers shall belong to the file.
     :raises TypeError: if ``architecture`` or ``details`` holds a value that is no JSON.
+    :raises ValueError: if ``dtype`` is no floating-point type.
     :raises FloatingPointError: if a weight is not finite in that type; the tensors are named.
     :raises OSError: if the file cannot be written; one that was there stays.
 
@@ -437,8 +479,14 @@ def save_weights(
     >>> bool((layer.weight == again.weight).all())
     True
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type; got {dtype}")
+    while hasattr(module, "_orig_mod") or isinstance(module, _PARALLEL):
+        module = getattr(module, "_orig_mod", None) or module.module
     tensors = {
-        name: value.detach().to("cpu", dtype if value.is_floating_point() else None)
+        name.replace("_orig_mod.", ""): value.detach().to(
+            "cpu", dtype if value.is_floating_point() else None
+        )
         for name, value in module.state_dict().items()
     }
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
@@ -447,24 +495,62 @@ def save_weights(
             f"weights are not finite as {dtype or 'they are'}: {', '.join(bad)}; nothing is saved"
         )
     described = {"architecture": dict(architecture), "details": dict(details or {})}
+    described[_SEAL] = _BLANK.decode()
     content = safetensors.torch.save(
         {name: value.contiguous().clone() for name, value in tensors.items()},
         metadata={"amortised": _canonical_json(described, "metadata")},
     )
-    atomic_write(path, content)
+    atomic_write(path, _sealed(content))
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict, dict]:
+    """Read a file of :func:`save_weights`, and check that it is whole and under its own name.
+
+    :param path: the file. One from before there were seals may have its digest beside it, in a file
+        of the same name and ``.sha256``.
+    :returns: the tensors by their names in the module, the architecture, and the details.
+    :raises FileNotFoundError: if there is no such file.
+    :raises ResultError: if a bit of it has changed, or it is of another run than its name says.
+
+    >>> read_weights(data_folder() / "models/reference/vae-laptop-seed0-decoder.safetensors")[1]
+    {'class': 'ConvBernoulli', 'latent_dim': 32}
+    """
+    path = Path(path)
+    content = path.read_bytes()
+    try:
+        tensors = safetensors.torch.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        stored = json.loads(header["__metadata__"]["amortised"])
+        if stored.keys() - {_SEAL} != {"architecture", "details"}:
+            raise ResultError(f"its parts are {', '.join(stored)}")
+        architecture, details = dict(stored["architecture"]), dict(stored["details"])
+        beside = path.with_name(f"{path.name}.sha256")
+        if _SEAL in stored:
+            _check_seal(content, stored[_SEAL])
+        elif beside.is_file() and beside.read_bytes().strip() != _hex(content):
+            raise ResultError(f"its digest is not that of {beside.name}")
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ResultError(f"{path} is damaged or not of this project: {error!r}") from error
+    claim = _RUN_NAME.search(path.absolute().as_posix())
+    for name, text in claim.groupdict().items() if claim else ():
+        own = str(details.get(name, text))
+        if text not in (None, own):
+            raise ResultError(f"{path} holds weights whose {name} is {own}, by their own account")
+    return tensors, architecture, details
 
 
 def load_weights(path: str | Path, module: nn.Module, architecture: Mapping) -> dict:
     """Load weights into a module that is the one they belong to, and into no other.
 
-    Half-precision tensors go into a float32 module, where every one of their values is exact.
+    Tensors go into a module of a type that holds every one of their values, half precision into
+    float32, for instance.
 
     :param path: a file of :func:`save_weights`.
     :param module: changed in place, only once everything fits.
     :param architecture: the architecture of ``module``; must equal that of the file.
     :returns: the ``details`` that were saved.
     :raises FileNotFoundError: if there is no such file.
-    :raises ResultError: if the file is damaged, if an entry of the architecture differs, or if a
+    :raises ResultError: as :func:`read_weights`, if an entry of the architecture differs, or if a
         tensor is missing, superfluous, or of another shape or dtype; each is named.
 
     >>> import tempfile
@@ -479,19 +565,12 @@ def load_weights(path: str | Path, module: nn.Module, architecture: Mapping) -> 
       weight: float32 [2, 3] in the file, float32 [2, 4] in the module
     """
     wanted = json.loads(_canonical_json(architecture, "architecture"))
-    path = Path(path)
-    content = path.read_bytes()
-    try:
-        tensors = safetensors.torch.load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        stored = json.loads(header["__metadata__"]["amortised"])
-        written, details = stored["architecture"], stored["details"]
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ResultError(f"{path} is damaged or not of this project: {error!r}") from error
+    tensors, written, details = read_weights(path)
     state = module.state_dict()
     for name in tensors.keys() & state.keys():
-        if (tensors[name].dtype, state[name].dtype) == (torch.float16, torch.float32):
-            tensors[name] = tensors[name].float()
+        wide = state[name].dtype
+        if torch.promote_types(tensors[name].dtype, wide) == wide and wide.is_floating_point:
+            tensors[name] = tensors[name].to(wide)
     found, needed = _described(written, tensors), _described(wanted, state)
     faults = [
         f"{key}: {found.get(key, 'absent')} in the file, {needed.get(key, 'absent')} in the module"
@@ -570,7 +649,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence], decimals: in
     """A table that a notebook renders: the last expression of a cell is enough.
 
     :param header: titles of the columns.
-    :param rows: cells of each row. Text and integers appear as they are, floats with ``decimals``
+    :param rows: cells of each row. Text and integers appear as they are (Markdown, in which no tag
+        of HTML is live), floats with ``decimals``
         decimals, an :class:`Estimate` or a metric ``{mean, se, n}`` of a result as
         ``mean ± se``, and ``None`` as a dash.
     :param decimals: digits after the point.
@@ -598,6 +678,16 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence], decimals: in
     return Table("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
+def plain(text: str) -> str:
+    """Text from data as Markdown that shows it letter by letter, whatever it holds.
+
+    >>> plain("<script>`x`</script> | Xeon(R)")
+    '&#60;script&#62;&#96;x&#96;&#60;/script&#62; &#124; Xeon(R)'
+    """
+    text = " ".join(text.split())
+    return re.sub(r"[<>&`*_$|{}\[\]\\]", lambda found: f"&#{ord(found[0])};", text)
+
+
 def _cell(value: object, decimals: int) -> str:
     if value is None:
         return "–"
@@ -607,4 +697,4 @@ def _cell(value: object, decimals: int) -> str:
         return format_estimate(value["mean"], value["se"], decimals)
     if isinstance(value, float):
         return format_estimate(value, decimals=decimals)
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

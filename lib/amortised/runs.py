@@ -26,9 +26,11 @@ import argparse
 import contextlib
 import json
 import math
+import os
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -42,6 +44,7 @@ from .recipes import ARCHITECTURES, RECIPES, Outcome, Run, training_examples
 from .training import FitResult, fit, half_cosine
 
 EXIT_FAILED, EXIT_USAGE, EXIT_OUT_OF_TIME = 1, 2, 3
+MOST_THREADS = max(64, os.cpu_count() or 1)  # PyTorch crashes where it cannot make so many
 HISTORY_LENGTH = 40  # means of the losses that a result keeps
 
 
@@ -104,12 +107,8 @@ def execute(
     :raises amortised.files.LockedError: when another process is at work on the run.
     """
     folder = Path(folder)
-    spec = read_json(folder / "run.json")
-    if spec is None:
-        raise ValueError(f"{folder} holds no run.json; `python -m amortised.experiments` makes it")
-    problem = checks.device()(device)
-    if problem:
-        raise ValueError(f"device {device!r}: must be {problem}")
+    spec = _checked(folder)
+    check_device(device)
     weights = folder
     if spec["builds_on"] is not None:
         weights = folder.parents[1] / spec["builds_on"]["folder"]
@@ -131,15 +130,38 @@ def execute(
     return found
 
 
+def _checked(folder: Path) -> dict:
+    """What ``run.json`` holds; an error if it is not that of the folder."""
+    spec = read_json(folder / "run.json")
+    if spec is None:
+        raise ValueError(f"{folder} holds no run.json; `python -m amortised.experiments` makes it")
+    try:
+        own, is_known = Path(folder_name(spec)).name, spec["recipe"] in RECIPES
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/run.json is not that of a run: {error!r}") from None
+    if not is_known or own != folder.absolute().name:
+        raise ValueError(f"{folder}/run.json is that of {own}, recipe {spec['recipe']!r}")
+    return spec
+
+
+def check_device(device: str) -> None:
+    """Check that a device is one of this machine's.
+
+    :raises ValueError: with the choices, if it is not.
+    """
+    problem = checks.device()(device)
+    if problem:
+        raise ValueError(f"device {device!r}: must be {problem}")
+
+
 def _work(run: Run, spec: Mapping[str, object], training_only: bool) -> None:
     """Do the stages that are missing. A run that diverges is a result, too: it has failed."""
-    started, cpu_started = time.time(), time.process_time()
+    begun, cpu_begun = time.monotonic(), time.process_time()
     folder, recipe = run.work.folder, RECIPES[spec["recipe"]]
     is_resumed = any(folder.glob("*.stage")) or any(folder.glob("*.safetensors"))
     datasets = [run.config.get("dataset", "mnist")]
-    facts = results.provenance(
-        run.device, started=started, datasets=datasets
-    )  # of the code as read
+    # Of the code as read. Durations come from a clock that nobody sets.
+    facts = results.provenance(run.device, started=time.time(), wall_seconds=0.0, datasets=datasets)
     training = read_json(folder / "training.json")
     try:
         is_cuda = run.device.type == "cuda"  # then it is the current one: graphs are captured there
@@ -160,7 +182,8 @@ def _work(run: Run, spec: Mapping[str, object], training_only: bool) -> None:
         outcome = str(error)
         if training is None:
             write_json(folder / "training.json", {"reason": outcome})
-    cpu_seconds = None if is_resumed else round(time.process_time() - cpu_started, 1)
+    cpu_seconds = None if is_resumed else round(time.process_time() - cpu_begun, 1)
+    facts["wall_seconds"] = round(time.monotonic() - begun, 3)
     _finish(folder, spec, training or {}, outcome, facts, cpu_seconds)
 
 
@@ -193,7 +216,7 @@ def _train(run: Run, spec: Mapping[str, object], facts: Mapping[str, object]) ->
         architectures = {role: ARCHITECTURES.get(kind) for role, kind in kinds.items()}
     for role, architecture in architectures.items():
         if role in training.networks:
-            details = {**spec, "provenance": facts}
+            details = {**spec, "role": role, "provenance": facts}
             path = folder / f"{role}.safetensors"
             network = training.networks[role]
             results.save_weights(path, network, architecture, details, dtype=torch.float16)
@@ -281,12 +304,15 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
 def apply_limits(options: argparse.Namespace) -> float:
     """Set the number of threads, and say when to stop.
 
-    :raises ValueError: for numbers that are not positive.
+    :raises ValueError: for numbers that are not positive, for more threads than
+        :data:`MOST_THREADS`, and for a device that is not there.
     """
-    for name in ("threads", "max_minutes"):
+    for name, most in (("threads", MOST_THREADS), ("max_minutes", math.inf)):
         value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
+        if value is not None and not 0 < value <= most:
+            expected = f"must be greater than 0 and at most {most}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {expected}")
+    check_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.max_minutes is None:
@@ -300,5 +326,11 @@ def stop(message: str, code: int) -> int:
     return code
 
 
-if __name__ == "__main__":
+def command(main: Callable[[], int]) -> None:
+    """Run a command as a process: SIGTERM ends it as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    command(main)

@@ -9,7 +9,6 @@ no module that trains imports this one, so that a machine that trains needs no p
 from __future__ import annotations
 
 import os
-import textwrap
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -70,7 +69,8 @@ def _fault(kind: Any, *, type: str, loc: tuple, msg: str, input: object, ctx: ob
     elif type != "value_error":
         if type == "float_type" and isinstance(input, str):
             what += "; this is text, as is 1e-3 in YAML, which reads 1.0e-3 as a number"
-        value = textwrap.shorten(repr(input), 100, placeholder=" ...")
+        value = " ".join(repr(input).split())
+        value = value if len(value) <= 100 else f"{value[:96]} ..."
         return f"{_place(loc)} = {value}: {what[0].lower()}{what[1:]}"
     return f"{_place(loc)}: {what}" if loc else what
 
@@ -101,7 +101,8 @@ def _models(kind: Any) -> list[type[BaseModel]]:
 # --- data sets -----------------------------------------------------------------------------------
 
 PlainName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
-Address = Annotated[str, Field(pattern=r"^https?://\S+/$")]
+# Encrypted, or on this machine.
+Address = Annotated[str, Field(pattern=r"^(https://|http://(localhost|127\.0\.0\.1):)\S+/$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -204,6 +205,8 @@ class ResultRecord(Strict):
     details: dict[str, Any] = {}
     #: Digest of the safetensors file, null if there is none.
     per_image_sha256: str | None = None
+    #: Digest of the JSON with 64 zeros in its place, see :mod:`amortised.results`.
+    sha256: Sha256 = "0" * 64
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:

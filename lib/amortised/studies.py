@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
 
 from . import data
 from .iterative import INPUTS
@@ -27,6 +27,7 @@ from .targets import TARGETS
 SCALES = ("laptop", "full")
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(ge=1, le=10**7)]
 Encoder = Literal["none", "gaussian", "cnn_g", "cnn_b"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 RuleName = Literal[("none", *RULES)]
@@ -186,6 +187,27 @@ class VaeOptions(TrainingOptions):
     objective: Literal["elbo", "iwae", "dreg"]
 
 
+class ObjectiveOptions(MinibatchOptions, _DrawnImagesOptions):
+    """Options of :func:`amortised.recipes.autoencoders.vae_training` and its evaluation."""
+
+    objective: Literal["elbo", "iwae", "dreg"]
+    num_student_samples: PositiveInt
+    output_bias: Literal["drawn", "data"]
+    """Of the decoder at the start: as PyTorch draws it, or the logit of the mean pixel."""
+    kl_warmup: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+    held_out: Literal["test", "validation"]
+    num_samples: PositiveInt
+    hais_images: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        if self.kl_warmup > 0 and self.objective != "elbo":
+            raise ValueError(f"kl_warmup = {self.kl_warmup} belongs to objective = 'elbo'")
+        if self.hais_images > self.images:
+            raise ValueError(f"hais_images = {self.hais_images} is more than images")
+        return self
+
+
 class TeacherOptions(MinibatchOptions, _DrawnImagesOptions):
     """Options of :func:`amortised.recipes.amortised_mcmc.teacher_training` and its evaluation."""
 
@@ -332,6 +354,7 @@ OPTIONS = {
     "amc": AmcOptions,
     "distillation": DistillationOptions,
     "vae": VaeOptions,
+    "objective": ObjectiveOptions,
     "teacher": TeacherOptions,
     "path": PathVaeOptions,
     "target": TargetOptions,
@@ -411,7 +434,7 @@ def load_studies(path: str | os.PathLike | None = None) -> dict[str, list[Experi
     try:
         text = path.read_text(encoding="utf-8")
         tree = yaml.safe_load(text)
-        faults = list(_repeated_keys(yaml.compose(text)))
+        faults = list(_repeated_keys(yaml.compose(text), set()))
     except FileNotFoundError:
         raise FormatError(f"there is no file of studies {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -439,17 +462,23 @@ def _validated(kind: Any, tree: object, where: str, faults: list[str]) -> Any:
         return None
 
 
-def _repeated_keys(node: yaml.Node | None) -> Iterator[str]:
-    """Keys that stand twice in one mapping; YAML would silently forget the first."""
+def _repeated_keys(node: yaml.Node | None, seen: set[int]) -> Iterator[str]:
+    """Keys that stand twice in one mapping; YAML would silently forget the first.
+
+    ``seen`` are the nodes that were looked at: a node can have many names.
+    """
+    if id(node) in seen:
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value]
         for key, value in node.value:
             if keys.count(key.value) > 1:
                 yield f"line {key.start_mark.line + 1}: {key.value!r} stands there twice"
-            yield from _repeated_keys(value)
+            yield from _repeated_keys(value, seen)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            yield from _repeated_keys(item)
+            yield from _repeated_keys(item, seen)
 
 
 def _runs(

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
 from .files import Work, save_tree
-from .numerics import check_counts
+from .numerics import check_counts, check_seed
 
 Step = Callable[..., Mapping[str, Tensor]]
 
@@ -117,6 +117,7 @@ def fit(
     (3.5, 5, 5.25)
     """
     tensors = data if isinstance(data, tuple) else (data,)
+    check_seed(seed)
     _check_data(tensors, epochs, batch_size)
     _check_state(state)
     steps_per_epoch = len(tensors[0]) // batch_size
@@ -252,6 +253,8 @@ def _scale_learning_rates(optimizers: list[Optimizer], factor: float) -> None:
 
 def _check_data(tensors: tuple[Tensor, ...], epochs: int, batch_size: int) -> None:
     check_counts(epochs=epochs, batch_size=batch_size)
+    if torch.is_inference_mode_enabled():
+        raise ValueError("nothing can be trained inside torch.inference_mode(); leave it first")
     if not tensors or not all(isinstance(t, Tensor) and t.ndim > 0 for t in tensors):
         raise TypeError("data must be a tensor [N, ...] or a tuple of such tensors")
     if len({len(t) for t in tensors}) > 1 or len({t.device for t in tensors}) > 1:

@@ -18,7 +18,7 @@ from .amortised_mcmc import (
     evaluate_teacher,
     teacher_training,
 )
-from .autoencoders import evaluate_decoder, vae_training
+from .autoencoders import evaluate_decoder, evaluate_objective, vae_training
 from .chain_bounds import BRIDGES, MAPS, build_path, evaluate_path, evaluate_target, path_training
 from .common import (
     ARCHITECTURES,
@@ -43,6 +43,7 @@ RECIPES: dict[str, Recipe] = {
     "amc": Recipe(amc_training, evaluate_decoder),
     "distillation": Recipe(distillation_training, evaluate_distillation),
     "vae": Recipe(vae_training, evaluate_decoder),
+    "objective": Recipe(vae_training, evaluate_objective),
     "teacher": Recipe(teacher_training, evaluate_teacher),
     "path": Recipe(path_training, evaluate_path),
     "target": Recipe(None, evaluate_target),

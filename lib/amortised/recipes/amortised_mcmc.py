@@ -3,7 +3,6 @@
 Source: Li, Turner and Liu (2017).
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,9 +15,8 @@ from torch.optim import Optimizer
 from .. import amc, data, diagnostics, evaluation, imputation, mcmc, results
 from ..adversarial import Discriminator, InformedDiscriminator
 from ..ais import AISSettings, sigmoid_schedule
-from ..encoders import GaussianEncoder, ImplicitEncoder, start_at_prior
-from ..fast import RefreshedLikelihood, log_likelihood_and_grad
-from ..objectives import elbo
+from ..encoders import ImplicitEncoder, start_at_prior
+from ..fast import RefreshedLikelihood
 from .common import (
     ARCHITECTURES,
     DTYPES,
@@ -26,9 +24,11 @@ from .common import (
     Outcome,
     Run,
     Training,
+    WarmUp,
     adam,
     annealed_evidence,
     annealing_settings,
+    drawn_evidence,
     held_out_images,
     make_network,
     on_device,
@@ -41,8 +41,6 @@ LONG_CHAIN = {"num_steps": 50, "num_leapfrog": 10, "step_size": 0.1}
 START_IMAGES = 500
 #: Images of a batch whose log-likelihoods are noted in training.
 WATCHED_IMAGES = 10
-#: Samples of the bound of a student with a density.
-ELBO_SAMPLES = 100
 #: The rules of :mod:`amortised.amc` that a row can name, some with another critic.
 RULES = amc.RULES | {
     "informed_gan": amc.informed(amc.gan()),
@@ -182,19 +180,6 @@ def _watched(
 # --- students held to their teachers -------------------------------------------------------------
 
 
-class _WarmUp(nn.Module):
-    """A weight that rises from 0 to 1 over the first calls, and stays."""
-
-    def __init__(self, num_calls: int):
-        super().__init__()
-        self.num_calls = num_calls
-        self.register_buffer("done", torch.zeros(()))
-
-    def forward(self) -> Tensor:
-        self.done.add_(1.0)
-        return (self.done / self.num_calls).clamp(max=1.0)
-
-
 def distillation_training(
     config: Mapping[str, object], device: torch.device | str = "cpu", *, plain: bool = False
 ) -> Training:
@@ -219,9 +204,8 @@ def distillation_training(
             start_at_prior(networks["encoder"], few)
     if config["kl_warmup"] == 0.0:
         return training
-    updates = config["epochs"] * math.ceil(len(images) / config["batch_size"])
-    warm_up = _WarmUp(max(1, round(config["kl_warmup"] * updates))).to(device)
     trained = (networks["decoder"], networks["encoder"], optimizers)
+    warm_up = WarmUp(config, device)
 
     def step(x: Tensor, index: Tensor) -> Mapping[str, Tensor]:
         samples = {"num_samples": config["num_student_samples"], "kl_weight": warm_up()}
@@ -231,45 +215,23 @@ def distillation_training(
 
 
 def evaluate_distillation(run: Run) -> Outcome:
-    """What a row has learned: its decoder by annealing and importance sampling, and its student.
-
-    Random test images (or, to choose rates, random images among the training images that no row is
-    trained on), the same in every run. Hamiltonian annealing on the first ``hais_images``, with
-    bounds on simulated pairs at the same settings; importance sampling from a Gaussian with full
-    covariance that is fitted to each image; :func:`amortised.diagnostics.student_diagnostics` on
-    the first ``diagnostic_images``.
+    """What a row has learned: its decoder by :func:`.common.drawn_evidence`, and its student by
+    :func:`amortised.diagnostics.student_diagnostics` on the first ``diagnostic_images``.
     """
-    config, work, seed = run.config, run.work, run.seed
-    decoder = on_device(run.network("decoder"), run.device)
-    x = held_out_images(config).to(run.device)
-    per_image, seconds = {}, {}
-    if config["hais_images"]:
-        per_image, seconds = annealed_evidence(run, decoder, x[: config["hais_images"]])
-    settings = {"seed": seed, "likelihood": partial(log_likelihood_and_grad, decoder)}
-    proposal = evaluation.fit_full_covariance(decoder, x, **settings, work=work.stage("gaussians"))
-    settings |= {"num_samples": config["num_samples"]}
-    found = evaluation.importance_sampling_ll(
-        decoder, proposal, x, **settings, work=work.stage("importance")
-    )
-    per_image |= {"full_is_ll": found.log_likelihood, "full_is_ess": found.ess}
-    seconds["importance sampling"] = proposal.seconds + found.seconds
-    encoder = run.network("encoder")
-    if isinstance(encoder, GaussianEncoder):
-        with torch.no_grad():
-            per_image["elbo"] = elbo(decoder, encoder(x), x, ELBO_SAMPLES, analytic_kl=True)
+    config, (per_image, seconds) = run.config, drawn_evidence(run)
     if config["diagnostic_images"]:
-        stage = work.stage("diagnostics")
+        stage = run.work.stage("diagnostics")
         diagnosed = stage.load("values")
         if diagnosed is None:
             stage.check_time("the decoder is evaluated")
-            diagnosed = _diagnose(run, decoder, x[: config["diagnostic_images"]])
+            diagnosed = _diagnose(run)
             stage.save("values", diagnosed)
         seconds["diagnostics"] = diagnosed.pop("seconds")
         per_image |= diagnosed
     return Outcome(per_image, seconds, {})
 
 
-def _diagnose(run: Run, decoder: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def _diagnose(run: Run) -> dict[str, Tensor]:
     """The student against its teacher, and the teacher against long Hamiltonian chains.
 
     The student of a row without a chain is held to the moments of the long chains alone; that of
@@ -279,6 +241,8 @@ def _diagnose(run: Run, decoder: nn.Module, x: Tensor) -> dict[str, Tensor]:
     if config["method"] == "persistent":
         return {"seconds": 0.0}
     torch.manual_seed(run.seed)
+    decoder = on_device(run.network("decoder"), run.device)
+    x = held_out_images(config)[: config["diagnostic_images"]].to(run.device)
     encoder = run.network("encoder")
     if encoder is None:
         encoder = partial(_prior_at, decoder)

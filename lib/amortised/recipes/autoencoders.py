@@ -17,8 +17,11 @@ from .common import (
     Outcome,
     Run,
     Training,
+    WarmUp,
     adam,
     annealed_evidence,
+    drawn_evidence,
+    held_out_images,
     make_network,
     on_device,
 )
@@ -28,9 +31,11 @@ def vae_training(config: Mapping[str, object], device: torch.device | str = "cpu
     """A variational auto-encoder trained by the ELBO, the IWAE bound or its DReG gradient.
 
     Adam at ``learning_rate``. The doubly reparameterised gradient is the encoder's; the decoder
-    follows the bound.
+    follows the bound. With ``output_bias`` from the data the decoder's is the logit of the mean
+    pixel at the start; the divergence of the ELBO can be warmed up.
 
-    :param config: the options of :class:`amortised.studies.VaeOptions`.
+    :param config: the options of :class:`amortised.studies.VaeOptions`, or of
+        :class:`amortised.studies.ObjectiveOptions`.
     :param device: where to put the networks.
     """
     num_samples, objective = config["num_student_samples"], config["objective"]
@@ -43,10 +48,18 @@ def vae_training(config: Mapping[str, object], device: torch.device | str = "cpu
         "model": adam(decoder, config["learning_rate"]),
         "encoder": adam(encoder, config["learning_rate"]),
     }
+    if config.get("output_bias") == "data":
+        images = data.load_mnist("train").images[: config["training_images"]]
+        with torch.no_grad():
+            decoder.start_at_mean(images.to(device))
+    if config.get("kl_warmup"):
+        networks["warm-up"] = WarmUp(config, device)
+    weight = networks.get("warm-up", lambda: 1.0)
     if objective == "elbo":
 
         def step(x: Tensor, index: Tensor) -> Mapping[str, Tensor]:
-            return amc.vae_step(x, decoder, encoder, optimizers, num_samples=num_samples)
+            samples = {"num_samples": num_samples, "kl_weight": weight()}
+            return amc.vae_step(x, decoder, encoder, optimizers, **samples)
     else:
         bound = {"iwae": iwae_bound, "dreg": dreg_surrogate}[objective]
 
@@ -54,7 +67,19 @@ def vae_training(config: Mapping[str, object], device: torch.device | str = "cpu
             loss = -bound(decoder, encoder(x), x, num_samples)
             return {"loss": amc.descend(loss, *optimizers.values())}
 
-    return Training(step, {"decoder": decoder, "encoder": encoder}, optimizers, {})
+    return Training(step, networks, optimizers, {})
+
+
+def evaluate_objective(run: Run) -> Outcome:
+    """The decoder by :func:`.common.drawn_evidence`, and how many of its latents are in use.
+
+    ``active_latents`` counts the latents whose posterior mean has a variance over the images above
+    0.01 (Burda, Grosse and Salakhutdinov 2016); with few of them the posterior has collapsed.
+    """
+    per_image, seconds = drawn_evidence(run)
+    with torch.no_grad():
+        means = run.network("encoder")(held_out_images(run.config).to(run.device)).mean
+    return Outcome(per_image, seconds, {"active_latents": int((means.var(0) > 0.01).sum())})
 
 
 def evaluate_decoder(run: Run) -> Outcome:

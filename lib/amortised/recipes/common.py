@@ -12,8 +12,11 @@ from torch.optim import Adam, Optimizer
 
 from .. import data, evaluation
 from ..adversarial import InformedDiscriminator
+from ..encoders import GaussianEncoder
 from ..fast import log_likelihood_and_grad
 from ..files import Work
+from ..numerics import seeded
+from ..objectives import elbo
 
 LATENT_DIM = 32
 #: How to build the decoder, and each encoder that a row can name.
@@ -25,6 +28,8 @@ ARCHITECTURES = {
     "cnn_b": {"class": "ImplicitEncoder", "latent_dim": LATENT_DIM, "noise": "bernoulli"},
 }
 
+#: Samples of the bound of an encoder with a density.
+ELBO_SAMPLES = 100
 #: The last training images, by which rates are chosen.
 VALIDATION_IMAGES = 1000
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -136,6 +141,20 @@ def adam(network: nn.Module, learning_rate: float, **settings: object) -> Adam:
     return Adam(groups, **({"capturable": True} if is_cuda else {}), **settings)
 
 
+class WarmUp(nn.Module):
+    """A weight of the divergence: from 0 to 1 over a share ``kl_warmup`` of the updates."""
+
+    def __init__(self, config: Mapping[str, object], device: torch.device | str):
+        super().__init__()
+        updates = config["epochs"] * (config["training_images"] // config["batch_size"])
+        self.num_calls = max(1, round(config["kl_warmup"] * updates))
+        self.register_buffer("done", torch.zeros((), device=device))
+
+    def forward(self) -> Tensor:
+        self.done.add_(1.0)
+        return (self.done / self.num_calls).clamp(max=1.0)
+
+
 def starting_weights(config: Mapping[str, object]) -> dict[str, Path]:
     """The files of the weights to start from, their contents checked."""
     stem = data.data_folder() / "models" / config["start"]
@@ -184,6 +203,35 @@ def annealed_evidence(
         "simulated_gap": bounds.gap,
     }
     return per_image, {"annealing": found.seconds, "bounds": bounds.seconds}
+
+
+def drawn_evidence(run: Run) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Estimates of the evidence of random images, the same in every run; and their wall times.
+
+    Test images or, to choose rates, training images that no row is trained on. Hamiltonian
+    annealing on the first ``hais_images``, with bounds on simulated pairs at the same settings;
+    importance sampling from a Gaussian with full covariance that is fitted to each image; the bound
+    of an encoder with a density.
+    """
+    config, work, seed = run.config, run.work, run.seed
+    decoder = on_device(run.network("decoder"), run.device)
+    x = held_out_images(config).to(run.device)
+    per_image, seconds = {}, {}
+    if config["hais_images"]:
+        per_image, seconds = annealed_evidence(run, decoder, x[: config["hais_images"]])
+    settings = {"seed": seed, "likelihood": partial(log_likelihood_and_grad, decoder)}
+    proposal = evaluation.fit_full_covariance(decoder, x, **settings, work=work.stage("gaussians"))
+    settings |= {"num_samples": config["num_samples"]}
+    found = evaluation.importance_sampling_ll(
+        decoder, proposal, x, **settings, work=work.stage("importance")
+    )
+    per_image |= {"full_is_ll": found.log_likelihood, "full_is_ess": found.ess}
+    seconds["importance sampling"] = proposal.seconds + found.seconds
+    encoder = run.network("encoder")
+    if isinstance(encoder, GaussianEncoder):
+        with seeded(seed, run.device), torch.no_grad():
+            per_image["elbo"] = elbo(decoder, encoder(x), x, ELBO_SAMPLES, analytic_kl=True)
+    return per_image, seconds
 
 
 def annealing_settings(config: Mapping[str, object], seed: int) -> dict[str, object]:

@@ -1,0 +1,101 @@
+"""Begin a chapter from another one: python workflow/new_chapter.py 01_vi_recap 08_mine
+
+Copied are the source, its parameters, and the wrong answers and hidden tests of its exercises. A
+label may exist once in a book, so all labels of the copy are renamed: ``fig-vi-model`` becomes
+``fig-mine-model``. The copy is registered in the table of contents, on the front page and in the
+README. What is left is to write it.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from environment import ROOT
+from execute import read_chapter
+from plain import heading, targets
+
+FILES = [
+    "notebooks/{}.py",
+    "notebooks/params/{}.smoke.yaml",
+    "notebooks/params/{}.full.yaml",
+    "tests/wrong_answers/{}.md",
+    "tests/hidden_tests/{}.md",
+]
+CARD = """\
+:::{{grid-item-card}} {number} · {title}
+:columns: 12
+:link: chapters/{stem}
+:link-type: doc
+**Which question does this chapter answer?**
+
+Adapted from chapter {origin}.
+:::
+
+"""
+
+
+def relabelled(text: str, labels: set[str], infix: str) -> str:
+    """The text with the middle of each label replaced, wherever the label is named."""
+    for label in sorted(labels, key=len, reverse=True):
+        kind, _, rest = label.split("-", 2)
+        text = re.sub(rf"(?<![\w-]){re.escape(label)}(?![\w-])", f"{kind}-{infix}-{rest}", text)
+    return text
+
+
+def inserted(text: str, pattern: str, line: str) -> str:
+    """The text with a line behind the last one that matches."""
+    last = list(re.finditer(pattern, text, re.MULTILINE))[-1]
+    return text[: last.end()] + line + text[last.end() :]
+
+
+def refuse(reason: str) -> None:
+    sys.exit(f"no chapter was made: {reason}")
+
+
+def check(root: Path, origin: str, stem: str) -> None:
+    chapters = sorted(path.stem for path in (root / "notebooks").glob("[0-9]*.py"))
+    if origin not in chapters:
+        refuse(f"FROM={origin} is none of: {' '.join(chapters)}")
+    if not re.fullmatch(r"\d\d_[a-z][a-z0-9_]*", stem):
+        refuse(f"TO={stem} must be two digits, an underscore and a name in small letters, 08_mine")
+    taken = [name for name in chapters if name[:2] == stem[:2]]
+    if taken:
+        refuse(f"TO={stem} has the number of {taken[0]}")
+    for pattern in FILES:
+        if (root / pattern.format(stem)).exists():
+            refuse(f"{pattern.format(stem)} is there already")
+
+
+def make(root: Path, origin: str, stem: str) -> None:
+    check(root, origin, stem)
+    notebook = read_chapter(root / "notebooks" / f"{origin}.py")
+    labels = set(targets(origin, notebook))
+    labels |= {label.replace("ex-", "sol-", 1) for label in labels if label.startswith("ex-")}
+    infix, title = stem[3:].replace("_", "-"), f"{heading(notebook)}, adapted"
+    for path in (root / "notebooks").glob("[0-9]*.py"):
+        if re.search(rf"\b(?:sec|fig|eq|ex)-{infix}-", path.read_text()):
+            refuse(f"the labels of TO={stem} would be those of {path.stem}: choose another name")
+    for pattern in FILES:
+        source = root / pattern.format(origin)
+        if source.is_file():
+            text = relabelled(source.read_text(), labels, infix)
+            text = text.replace(f"# # {heading(notebook)}\n", f"# # {title}\n", 1)
+            (root / pattern.format(stem)).write_text(text)
+    toc, intro, readme = root / "book/_toc.yml", root / "book/intro.md", root / "README.md"
+    entry = f"\n      - file: chapters/{stem}"
+    toc.write_text(inserted(toc.read_text(), r"^ *- file: chapters/\S+$", entry))
+    number, before = int(stem[:2]), intro.read_text()
+    card = CARD.format(number=number, title=title, stem=stem, origin=int(origin[:2]))
+    intro.write_text(re.sub(r"^::::$", lambda _: card + "::::", before, count=1, flags=re.M))
+    row = f"\n| [{number} {title}](notebooks/{stem}.ipynb) | Which question does it answer? |"
+    readme.write_text(inserted(readme.read_text(), r"^\| \[\d+ .*\]\(notebooks/.*$", row))
+    print(f"made notebooks/{stem}.py, and its lines in book/_toc.yml, book/intro.md and README.md")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("origin", help="the chapter to begin from")
+    parser.add_argument("stem", help="the name of the new one: NN_slug")
+    arguments = parser.parse_args()
+    make(ROOT, arguments.origin, arguments.stem)
