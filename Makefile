@@ -30,7 +30,7 @@ among = $(if $(strip $($(1))),,$(error $(1) is empty; choose among: $(2)))$(fore
 unexport PYTHONPATH PYTHONHOME
 .DEFAULT_GOAL := help
 .PHONY: help book test site chapters notebooks smoke laptop full lab coursework grade chapter \
-	bench lock clean environment
+	bench lock clean environment pdf times
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -110,3 +110,9 @@ environment:
 	@for python in $(PYTHON); do \
 		$$python -c '$(USABLE)' 2>/dev/null && exec $$python workflow/environment.py; \
 	done; echo "$(INSTALL)" >&2; exit 1
+
+pdf: book ## the whole book as one PDF, printed with Chromium, in book/_build
+	@$(BIN)/python workflow/pdf.py
+
+times: chapters ## note what the chapters took here, where their heads and README take it from
+	@$(BIN)/python workflow/execution_table.py --record book/chapters/[0-9]*.json

@@ -15,7 +15,7 @@
 # # Variational inference, a recap
 #
 # *From maximum likelihood to a trained autoencoder, with every gap measured.*
-# Runs in about a minute and a half on two cores; needs Gaussians, gradients and a little PyTorch.
+# Runs in about a minute and a half on one core; needs Gaussians, gradients and a little PyTorch.
 #
 # A latent variable model explains an observation $x$, say the pixels of a handwritten seven, by quantities $z$ that nobody recorded: the slant, the weight of the pen, the shape of the loop.
 # Two questions follow. Which $z$ explains this $x$? And which model explains all the $x$ that we have?
@@ -127,7 +127,7 @@ place = {"ha": "center", "va": "center", "fontsize": 15}
 circle = {"boxstyle": "circle"}
 arrow = {"arrowstyle": "-|>", "color": plotting.GREY}
 graph.text(0.5, 0.78, "$z_n$", bbox=circle | {"fc": "none"}, **place)
-graph.text(0.5, 0.3, "$x_n$", bbox=circle | {"fc": "#757d8955"}, **place)
+graph.text(0.5, 0.3, "$x_n$", bbox=circle | {"fc": "#71777f55"}, **place)
 graph.text(0.02, 0.3, r"$\theta$", **place)
 graph.annotate("", (0.5, 0.43), (0.5, 0.65), arrowprops=arrow)
 graph.annotate("", (0.36, 0.3), (0.08, 0.3), arrowprops=arrow)
@@ -157,7 +157,7 @@ plt.show()
 # How many of 10,000 draws still count is measured by the effective sample size $(\sum_k w_k)^2 / \sum_k w_k^2$ with $w_k = p_\theta(x \mid z_k)$: it is 10,000 when all weights are equal and 1 when a single draw carries everything.
 # Here one observation with four latents is revealed pixel by pixel.
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-evidence", "caption": "One observation of a linear model with four latents, revealed pixel by pixel: the exact $\\log p(x)$ and its estimate from 10,000 prior draws, in nats, and the effective number of those draws."}}
 # NBVAL_CHECK_OUTPUT
 wide = LinearGaussian(torch.randn(256, 4), torch.zeros(256), noise_scale=1.0)
 x_wide, _ = wide.sample(1)
@@ -204,7 +204,7 @@ markdown_table(header, rows, 1)
 # over the exact posterior, and over a Gaussian with independent coordinates, whose mean is exact and whose covariance is not. (It is the best of its kind, in a sense that {numref}`sec-vi-bound` makes precise.)
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-fisher", "caption": "Gradient of $\\log p_\\theta(x)$ of the model with two causes, one parameter in each row: exact, and as the mean of the joint's gradient over the exact posterior and over a mean-field Gaussian. ± is the standard error over 400 batches of 1,000 draws."}}
 # NBVAL_CHECK_OUTPUT
 def fisher_gradient(model, q, x, num_batches=400):
     """The joint's gradient, averaged over batches of draws from q."""
@@ -313,7 +313,7 @@ def worth(averages):
     return list(map(results.Estimate, draws, spread, [num_chains] * 4))
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-worth", "caption": "How many independent posterior draws 1,000 evaluations of the density are worth, for averages of $z$ and of $z^2$ along the narrow and the wide axis. ± is the standard error over chains; the row without errors is computed. MH is random-walk Metropolis; ULA is compared with the posterior and with the law that it has itself in the long run."}}
 kernels = {  # each with its number of density evaluations
     "MH": (partial(mcmc.metropolis_step, step_size=0.5), 1),
     "ULA": (partial(mcmc.langevin_step, step_size=0.06), 1),
@@ -382,7 +382,7 @@ def evaluations_per_draw(name, epsilon, dim, num_draws):
     return results.Estimate(cost * (2 / mean - 1), 2 * cost * error / mean**2, n)
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-scaling", "caption": "Evaluations of the density for one independent draw of $z_j^2$ from $\\mathcal{N}(0, I_D)$, each kernel at the step size that costs least. ± is the standard error over 2,000 starting points. The exponent is the slope of the logarithms from $D = 8$ to $D = 512$; the last column is that of theory."}}
 dims, grid, rows = (2, 8, 32, 128, 512), [2 ** (i / 3) for i in range(-13, 5)], []
 for name, theory in {"Metropolis": "1", "MALA": "1/3", "HMC": "1/4"}.items():
     tuned = {}
@@ -454,7 +454,7 @@ figure, panels = plt.subplots(1, 3, figsize=(7.2, 2.5), sharey=True)
 line = torch.linspace(-10, 10, 200)[:, None]
 density = 150 * (two_modes(line) - two_modes(line).max()).exp()
 for panel, (name, trace) in zip(panels, traces.items(), strict=True):
-    panel.fill_betweenx(line[:, 0], -density, color="#757d8955")
+    panel.fill_betweenx(line[:, 0], -density, color="#71777f55")
     panel.plot(trace[..., 0], lw=0.5)
     rhat = mcmc.split_rhat(trace).item()
     panel.set_title(f"{name}\n$\\hat R$ = {rhat:.2f}", fontsize=9)
@@ -538,7 +538,7 @@ plt.show()
 # The three estimators agree in the mean, so the choice among them is one of *variance*. Let $q$ approach the exact posterior of the two causes: offset its mean by $t$, stretch its covariance factor by $1 + t$, and let $t \to 0$. The table shows the variance per draw of the gradient in the mean (a baseline needs at least a pair of draws: twice the variance of their average).
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-variance", "caption": "Variance per draw of four estimates of the bound's gradient in the mean of $q$, summed over its two coordinates and measured on 20,000 estimates, when the mean of $q$ is off the exact one by $t$ and its covariance factor is stretched by $1 + t$."}}
 # NBVAL_CHECK_OUTPUT
 def score_function(model, q, x, num_samples, baseline=False):
     z = q.sample((num_samples,))
@@ -793,7 +793,7 @@ for _ in range(3):
         model = em_sweep(model)
     em_ends.append((maximum - model.log_evidence(data).mean()).item())
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-climb", "caption": "How far below the maximum of the mean $\\log p_\\theta(x)$ each scheme ends, in nats, after equal numbers of updates and of gradients. The price is in gradients for each visit of a datum. ± is half the width of the 95 % t-interval over three starts."}}
 T_95 = 4.303  # Student's t for three runs, two degrees of freedom
 
 
@@ -856,7 +856,8 @@ for column, runs_of in enumerate((equal_updates, equal_gradients)):
     panel.plot([10], [sum(em_ends) / 3], "x", c="grey", label="variational EM")
     panel.set(xscale="log", yscale="log", xlabel=xlabels[column])
 panels[0].set_ylabel("nats below the maximum")
-panels[1].legend(fontsize=6.5, loc="lower left")
+handles = panels[1].get_legend_handles_labels()
+figure.legend(*handles, fontsize=8, ncols=4, loc="outside lower left")
 right.plot(fresh_row, label="fresh row", color=plotting.COLOURS["approximation"])
 right.plot(fresh_chain, label="fresh chain", color=plotting.COLOURS["samples"])
 right.plot(0, encoded, "o", label="encoder", color=plotting.COLOURS["bound"])
@@ -958,7 +959,7 @@ plt.show()
 # Two thousand test images are looked at once, now, in one fixed binarisation. Beside the bound stands its rate, the second term of {eq}`eq-vi-vae`, and the number of *active* latents, those whose encoded mean varies over images: $\operatorname{Var}_x(\mathbb{E}_{q_\phi}[z_d]) > 0.01$ {cite:p}`burda2016iwae`. The first row is the best model without latents, independent pixels; the row "scale misread" belongs to a correction at the end of the chapter.
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-vae", "caption": "Bound and rate on 2,000 test images, in nats, and the number of active latents. ± is the standard error over images. The last rows are differences of two bounds, paired over the images."}}
 @torch.no_grad()
 def test_bounds(vae, encoder, x, power=1.0):
     """Bound and rate of each image, and the number of active latents."""
@@ -1010,6 +1011,7 @@ _, (scan, *panels) = plt.subplots(1, 4, figsize=(9, 3), width_ratios=(2, 1, 1, 1
 z = torch.cartesian_prod(line[25:76:5].flip(0), line[25:76:5]).flip(-1)
 ink = plotting.mosaic(flat_vae.likelihood(z).mean, ncols=11, padding=0)
 scan.imshow(ink, extent=(-2.75, 2.75, -2.75, 2.75))
+scan.set(xlabel="$z_1$", ylabel="$z_2$")
 
 
 def exact_density(i, z):
@@ -1023,7 +1025,9 @@ for i, panel in enumerate(panels):
     window = (points.mean(0)[:, None] + points.std(0).max() * ends).flatten()
     show = partial(plotting.show_density, ax=panel, extent=window, num_points=61)
     show(partial(exact_density, i)), show(q.log_prob, colour="#d67320", fill=False)
-    panel.set_title(f"log p = {log_p[i]:.1f}\ngap {gap[i]:.2f} nats", fontsize=8)
+    panel.set_title(f"log p = {log_p[i]:.1f}\ngap {gap[i]:.2f} nats", fontsize=9)
+    panel.set(xlabel="$z_1$")
+    panel.locator_params(nbins=4)
 plt.show()
 
 # %% [markdown]
@@ -1138,7 +1142,7 @@ def by_quadrature(surrogate, num_samples):
     return (weights @ values).item(), mean, mean.abs() / (square - mean**2).sqrt()
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-surrogates", "caption": "For $K$ draws: the gap $\\log p(x) - \\mathcal{L}_K$ in nats, and the derivative in $\\mu$ that each surrogate has in expectation; all by Gauss–Hermite quadrature, without sampling error."}}
 # NBVAL_CHECK_OUTPUT
 surrogates = {
     "score function": score_function,
@@ -1170,14 +1174,18 @@ left.plot(ks, [log_p_one - exact["IWAE", k][0] for k in ks], "o-", label="gap")
 v = 0.81 / math.sqrt(0.5 * 1.12) * math.exp(0.45**2 / 1.12) - 1  # of w / p(x)
 left.plot(ks, [v / (2 * k) for k in ks], ":", color=plotting.GREY, label="$v / 2K$")
 left.set(ylabel=r"$\log p - \mathcal{L}_K$, nats")
+right.set(ylabel="signal-to-noise ratio")
+ticks = ((0.02, 0.05, 0.1, 0.2), (0.2, 0.5, 1, 2))
 for name, style in (("IWAE", "o-"), ("STL", "s-"), ("DReG", "D-")):
     right.plot(ks, [exact[name, k][2][0] for k in ks], style, label=name)
 right.plot(ks, [exact["IWAE", k][2][2] for k in ks], "^--", label="decoder")
 for power, column in ((-0.5, 0), (0.5, 2)):
     start = exact["IWAE", 1][2][column]
     right.plot(ks, [start * k**power for k in ks], ":", color=plotting.GREY, lw=1)
-for ax in (left, right):
+for ax, y in zip((left, right), ticks, strict=True):
     ax.set(xscale="log", yscale="log", xlabel="$K$", xticks=ks, xticklabels=ks)
+    ax.set_yticks(y, labels=y)
+    ax.minorticks_off()
     ax.legend(fontsize=8)
 plt.show()
 
@@ -1186,7 +1194,7 @@ plt.show()
 #
 # Does the objective matter for images? A study of this book trains one decoder on MNIST by three objectives: batches of 100, Adam at 0.001, two passes over the 60,000 images, the output bias at its default, no warm-up, three seeds. The numbers are annealed lower bounds of {doc}`chapter 6 </chapters/06_evaluation_hais>`, which do not depend on the encoder, on the first 100 test images. Differences are paired over images; the interval is Student's, over the three seeds.
 
-# %%
+# %% mystnb={"table": {"name": "tab-vi-objectives", "caption": "Annealed lower bounds on $\\log p(x)$ of decoders trained by three objectives, and their differences, paired over the first 100 test images: mean over three seeds ± half the width of the 95 % t-interval over seeds, and the value of each seed. The published rows are of other networks, trainings and estimators."}}
 # NBVAL_CHECK_OUTPUT
 ends, rows = {}, []
 for row, runs in tables.load_study("vae_recap", "laptop").items():

@@ -15,7 +15,7 @@
 # # pq versus qp
 #
 # *What the direction of the divergence does to amortised inference.*
-# Runs in about a minute and a half on two cores; needs the evidence lower bound and reparameterisation, as in chapter 1.
+# Runs in about a minute and a half on one core; needs the evidence lower bound and reparameterisation, as in chapter 1.
 #
 # An encoder $q_\phi(z \mid x)$ is one network that answers every inference question at once.
 # To train it we need a distance to the posterior, and the natural distance is not symmetric.
@@ -217,8 +217,9 @@ def draw_walkers(figure, frame):
         right.plot(mean, scale, color=colour, ls=line, lw=1, alpha=0.7, label=label)
         right.plot(mean[12 * frame], scale[12 * frame], "o", color=colour, ms=5)
     left.set(xlim=(-15, 15), ylim=(0, 0.45), xlabel="$z$", ylabel="density")
-    right.legend(loc="lower center", fontsize=8)
-    right.set(xlim=(-7, 7), ylim=(-1.6, 6), xlabel="mean", ylabel="scale")
+    right.legend(loc="upper left", fontsize=8)
+    right.set(xlim=(-7, 7), ylim=(0, 8), xlabel="mean", ylabel="scale")
+    right.set(xticks=(-5, 0, 5), yticks=(0, 2, 4, 6))
 
 
 log_q = gaussian(walks[-1])
@@ -534,7 +535,7 @@ def averages(q, x=x_grid, weight=density):
     return [(weight * k).sum(-1) for k in (kl(log_p, log_q), kl(log_q, log_p))]
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-pq-divergences", "caption": "Both divergences in example 2, in nats, averaged over $p(x)$ by quadrature: one value for the encoder of each seed. The last two rows are the Gaussians that minimise one of the two at every $x$ alone."}}
 kls = {"pq": averages(at(cover, x_grid))}
 kls["qp, cold start"] = averages(at(cold, x_grid))
 kls["qp, warm start from pq"] = averages(at(warm, x_grid))
@@ -736,7 +737,7 @@ for name, encoder in joint.items():
 # draw from $q$, weight by $p(z, x) / q(z \mid x)$, resample. We do so at $x = 10$ with three proposals, and watch the effective sample size (ESS), an estimate of $1 / (1 + \chi^2)$ as a share of the draws.
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-pq-proposals", "caption": "Importance resampling at $x = 10$ with three encoders as proposals, one seed of each: the share of resampled draws above zero, which is 0.729 under the exact posterior, and the effective sample size as a share of the draws."}}
 def resample(q, x, num=num_draws):
     z = q.sample((num,))  # [K, S, 1, 1]
     log_weights = mixture.log_joint(x, z) - q.log_prob(z)
@@ -851,7 +852,7 @@ for name, bound in bounds.items():
 spread = {name: float(g.std()) for name, g in grads.items()}
 print("from quiet to noisy:", "; ".join(sorted(spread, key=spread.get)))
 
-# %%
+# %% mystnb={"table": {"name": "tab-pq-gradients", "caption": "Estimators of the derivative of the bound in one logit, each from two evaluations of $f$: bias against the exact derivative, the standard error of that bias, and the standard deviation of a single estimate."}}
 error = {name: s / num_draws**0.5 for name, s in spread.items()}
 rows = [[n, float(g.mean()) - truth, error[n], spread[n]] for n, g in grads.items()]
 titles = ["two evaluations of f", "bias", "± its error", "spread of one estimate"]
@@ -1000,7 +1001,7 @@ claim("along the trace: below 0.02 nats for every seed", worst < 0.02)
 worst = (kl_trace["mean-field"][0] - floor).abs().max()
 claim("mean-field: within 0.04 nats of its floor, every seed", worst < 0.04)
 
-# %%
+# %% mystnb={"table": {"name": "tab-pq-trace", "caption": "Forward divergence in nats of two encoders of the whole trace: one value for each seed, and its standard error over simulated pairs."}}
 x_parcels = torch.linspace(-1, 12, 66).unsqueeze(-1)
 learned = at(along, x_parcels).log_counts(8).detach().exp()
 exact = program.log_counts(x_parcels).softmax(-1)[:, :8]
@@ -1190,7 +1191,7 @@ def wake_model(encoder, num_particles):
     return wake(encoder, simulate(mixture, batch_size // 10)[0], num_particles)
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-pq-wake", "caption": "Standard deviation of $q(z \\mid x)$ at six observations, median over seeds: by moment matching, and after wake-$\\phi$ with $K$ samples, with parameters of its own for each observation (free) or with one network (shared)."}}
 woken = {}
 for kind, loss in (("free", wake_free), ("shared", wake_model)):
     for k in (10, 50, 100):
@@ -1263,7 +1264,7 @@ def wake_and_pq(encoder):
     return (wake_on_data(encoder) + pq(encoder, mixture, batch_size // 2)) / 2
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-pq-faulty", "caption": "Both divergences in nats, averaged over the usual observations and over those of the faulty sensor: the pq encoder, and the same after training on the contaminated data in three ways. One value for each seed."}}
 losses = {"qp": qp_on_data, "wake-φ, K = 10": wake_on_data}
 losses["wake-φ and pq"] = wake_and_pq
 entrants = {"pq, before": cover} | {name: copy.deepcopy(cover) for name in losses}

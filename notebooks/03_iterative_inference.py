@@ -15,7 +15,7 @@
 # # Iterative inference: learning to infer
 #
 # *An encoder that looks at its own mistake and answers again.*
-# Runs in about a minute on two cores; needs the evidence lower bound and amortised inference, as in chapter 1.
+# Runs in about a minute on one core; needs the evidence lower bound and amortised inference, as in chapter 1.
 #
 # A standard encoder is asked once. It sees an image, names a posterior, and never learns whether that posterior was any good.
 # Local optimisation is the opposite: it looks at the gradient of the bound a hundred times, and starts from nothing for each new image.
@@ -329,7 +329,7 @@ reads = {
     "gradient and estimates, five times": (("log_gradient", "estimates"), 5, True),
 }
 
-# %%
+# %% mystnb={"table": {"name": "tab-it-reads", "caption": "Bounds of encoders that read different things, in nats, on random test digits with one decoder, and what each gains over the encoder that reads $x$ once, paired over images. ± is the standard error over images; each encoder is trained once."}}
 fitted = {}
 for name, choice in reads.items():
     fitted[name] = bound(standard, fit_encoder(standard, *choice), x_test)
@@ -573,7 +573,7 @@ own = needed["iterative encoder"]
 print("the encoder is there within 5 gradients:", own <= 5)
 print("every rival needs at least five times as many:", quickest >= 5 * own)
 
-# %%
+# %% mystnb={"table": {"name": "tab-it-race", "caption": "The race: chosen learning rate, gradients until the mean bound is within 2 nats of the encoder's fifth iteration, final bound in nats, and how far it is above the encoder's after five iterations, paired over images. ± is the standard error over images."}}
 ends = {n: bound(iterative, gaussian(end), x_test) for n, end in final.items()}
 reference, rows = ends["iterative encoder"], []
 for name, value in ends.items():
@@ -589,7 +589,7 @@ markdown_table([*header, "minus encoder, in pairs"], rows, 2)
 #
 # Counting gradients is not counting seconds, since the encoder's own network costs time too. Neither is training. These are the recorded seconds of the two models:
 
-# %%
+# %% mystnb={"table": {"name": "tab-it-cost", "caption": "Recorded time of one training update, in milliseconds on one thread, mean over seeds."}}
 small_study = tables.load_study("iterative_small", "laptop")
 rows = []
 for row, label in {"standard": "standard", "iterative": "iterative, T = 5"}.items():
@@ -627,7 +627,7 @@ def square(trainings):
     return found
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-it-square", "caption": "Bounds on 300 test images in nats for each decoder (rows) with each inference fitted to it afterwards (columns): mean over the seeds ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds."}}
 trainings = {"standard": "standard", "iterative": "iterative"}
 trainings["standard_long"] = "standard, seconds of iterative"
 cells = square(trainings)
@@ -682,7 +682,7 @@ for row, by in cells.items():
 #
 # The *amortisation gap* of an encoder for an image is the bound at the best $\lambda$ minus the bound at the encoder's {cite:p}`cremer2018suboptimality`. It is what further iterations can win. We estimate the best $\lambda$ by Adam with ten draws, started at the encoder and averaged over its last iterations, and ask how much of the gap of the first answer each iteration closes.
 
-# %%
+# %% mystnb={"table": {"name": "tab-it-gap", "caption": "Amortisation gap in nats: the bound at optimised parameters of $q$ minus the bound at the encoder's, mean ± standard error over images; and the share of the gap at $t = 1$ that later iterations close."}}
 torch.manual_seed(seed)
 
 
@@ -738,7 +738,7 @@ print(
 #
 # The evidence $\log p_\theta(x)$ belongs to the decoder. Whoever refines $q$ at test time raises the *bound*, and the importance-weighted estimate as far as its proposal was poor, but no refinement can raise what is estimated. Bounds before and after refinement must not be read as likelihoods of two models.
 
-# %%
+# %% mystnb={"table": {"name": "tab-it-evidence", "caption": "What four more iterations of the encoder add, in nats, to the bound and to the importance-sampling estimate of $\\log p_\\theta(x)$: mean ± standard error of the paired differences over 100 test images."}}
 estimates, few = {}, x_test[:100]
 sampling = {"num_samples": num_importance, "seed": seed}
 for t in (1, 5):
@@ -772,7 +772,7 @@ def trial(model, x):
     return best, {t: bound(model, gaussian(path[t]), x) for t in (1, 5, 10)}
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-it-transfer", "caption": "Bound in nats after local optimisation from the prior, and how far above it (negative: below it) the encoder is after 1, 5 and 10 iterations, paired over 100 images. ± is the standard error over images."}}
 flipped = (few - torch.bernoulli(torch.full_like(few, 0.1))).abs()
 trials = {
     "digits": trial(iterative, few),
@@ -806,7 +806,7 @@ for name, (best, found) in trials.items():
 #
 # The published readings are from a figure, to about a tenth of a nat; ours are bounds of a recorded study with 1,200 updates, much shorter than the source's training.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-it-ablation", "caption": "Ablation on MNIST: bounds in nats, published (read from a figure) and recorded, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: no such value."}}
 labels = {f"standard_k{k}": f"standard, draws: {k}" for k in (1, 5, 10)}
 sources = {f"standard_k{k}": f"standard (x) samples={k}" for k in (1, 5, 10)}
 kinds = {"gradient_x": "gradient and x", "errors_x": "errors and x"}
@@ -834,7 +834,7 @@ tables.study_table("iterative_ablation", labels, "elbo", printed, ["laptop"])
 # "Iterative inference models outperform comparable standard inference models across data sets": is it so, at equal samples and equal latents, and at equal seconds? For MNIST the source's code trains the iterative model with ten draws and the standard one with one; the poster's ablation gives ten draws alone about half a nat. The rows below hold both settings. Negative log-likelihoods are published; ours have the other sign.
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-it-mnist", "caption": "MNIST: importance-sampling estimates of $\\log p(x)$ in nats, published (± as printed there) and recorded at two scales, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: no such value."}}
 entries = results.load_published("iterative", metric="NLL")
 published = {e["row"]: e["printed"] for e in entries if "2017" not in e["table"]}
 one, two = "MNIST single-level", "MNIST hierarchical"
@@ -855,7 +855,7 @@ sources["levels_iterative"] = f"{two} iterative"
 printed = {row: f"-{published[name]}" for row, name in sources.items()}
 tables.study_table("iterative_mnist", labels, "is_ll", printed)
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": [{"name": "tab-it-mnist-pairs", "caption": "MNIST at laptop scale: differences of $\\log p(x)$ in nats, paired over images. The middle column is the mean ± standard error over images and, in parentheses, half the width of the 95 % t-interval over seeds; the last column has the mean of each seed."}, {"name": "tab-it-mnist-levels", "caption": "MNIST at laptop scale: divergence from the prior at each of two levels, in nats, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: not recorded."}]}
 recorded = tables.load_study("iterative_mnist", "laptop")
 pairs = [
     ("iterative", "standard"),
@@ -876,7 +876,7 @@ tables.metric_table(recorded, two_levels, titles)
 #
 # CIFAR-10 has bits per dimension (less is better), from networks of another size than the source's, with 128 latents in the place of 1024. The bound of the levels' probability by that of dequantised values is in {py:func}`amortised.data.dequantise`.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": [{"name": "tab-it-cifar", "caption": "CIFAR-10: bits per dimension, less is better, published (± as printed there) and recorded at two scales, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: no such value."}, {"name": "tab-it-cifar-pairs", "caption": "CIFAR-10 at laptop scale: differences in bits per dimension, paired over images; negative favours the first. The middle column is the mean ± standard error over images and, in parentheses, half the width of the 95 % t-interval over seeds; the last column has the mean of each seed."}]}
 one, two = "CIFAR-10 single-level", "CIFAR-10 hierarchical"
 labels = {"standard": "one level, standard", "iterative": "one level, iterative"}
 labels |= {"levels_standard": "two levels, standard"}
@@ -898,7 +898,7 @@ tables.paired_table(recorded, pairs, "bits_per_dim", labels, 3)
 # %% [markdown]
 # For text the source has RCV1, whose token files are public but large; `python -m amortised.data fetch rcv1` gets them, and the study `iterative_rcv1` has its rows (published perplexities: 323 ± 3 standard, with 512 latents, and 285.0 ± 0.1 iterative, with 256). Nothing here stands in for it. The table below is of another corpus, 20 Newsgroups, and has no published column. Entries are nats per word; the perplexity is their exponential.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": [{"name": "tab-it-text", "caption": "20 Newsgroups: nats per word, less is better, mean ± standard error over documents, and in parentheses half the width of the 95 % t-interval over seeds. A dash: not recorded."}, {"name": "tab-it-text-pairs", "caption": "20 Newsgroups: differences in nats per word, paired over documents; negative favours the first. The middle column is the mean ± standard error over documents and, in parentheses, half the width of the 95 % t-interval over seeds; the last column has the mean of each seed."}]}
 text = {
     "standard": "standard, 50 latents",
     "standard_double": "standard, 100 latents",

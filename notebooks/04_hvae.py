@@ -15,7 +15,7 @@
 # # Chains inside the bound
 #
 # *The Hamiltonian variational auto-encoder, MetFlow, and Monte Carlo auto-encoders, as one construction.*
-# Runs in about a minute on two cores; needs the evidence lower bound, Hamiltonian Monte Carlo and annealing, as in chapters 1 and 6.
+# Runs in about a minute on one core; needs the evidence lower bound, Hamiltonian Monte Carlo and annealing, as in chapters 1 and 6.
 #
 # An encoder answers at once, but only within its family, usually a diagonal Gaussian. A Markov chain has no family, but it needs time, and nobody knows the density of where it is.
 # This chapter puts the chain *between* the encoder and the bound: the encoder proposes, a few steps of dynamics move the proposal towards the posterior, and the bound accounts for both.
@@ -256,7 +256,7 @@ def trajectory(sign, alphas=cooling):
     return state.logdensity - q_scalar.log_prob(z0) + momenta
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-hvae-sign", "caption": "The cooled flow with $K = 3$ steps and either sign of the potential on the scalar model: bound in nats, and mean of $\\hat p / p(x)$, which must be one. ± is the standard error over paths."}}
 weights = {"right sign": trajectory(1.0), "printed sign": trajectory(-1.0)}
 rows = [[n, estimate(w), estimate((w - truth).exp())] for n, w in weights.items()]
 display(markdown_table(["K = 3, cooled", "bound", "mean of p̂ / p(x)"], rows, 3))
@@ -401,7 +401,7 @@ for ax, (name, path) in zip(axes, runs.items(), strict=True):
 axes[0].set_ylabel("density")
 plt.show()
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-hvae-crossing", "caption": "Flows from the smaller of two modes, each at its best step size: bound in nats on $\\log p = 0$, share of the paths that end at $z > 0$, where 0.70 of the mass is, and mean of $\\hat p$, whose true value is 1. ± is the standard error over paths."}}
 rows = []
 for name, path in runs.items():
     crossed, weights = (path.z > 0).float().mean().item(), path.log_weights
@@ -440,7 +440,7 @@ for name, K, rule in [
         path = path_fn(two_causes, encoder(x_scalar), x_scalar, num_paths)
         fits[name] = encoder(x_scalar), flow, path
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-hvae-two-causes", "caption": "Gap $\\log p(x) - \\mathcal{L}$ after training on the posterior of two causes, in nats; ± is the standard error over paths."}}
 log_two = two_causes.log_evidence(x_scalar).item()
 rows = [[n, estimate(log_two - p.log_weights)] for n, (*_, p) in fits.items()]
 markdown_table(["two causes", "bound gap, nats"], rows)
@@ -724,7 +724,7 @@ for name, (path_fn, settings) in oracle.items():
         checks.within_error(low.mean, exact[name], low.se, label=f"{name}: bound")
     claim("and it is below log p(x)", low.mean < truth)
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-hvae-oracle", "caption": "Oracle table on the scalar model: mean of $\\hat p / p(x)$, which must be one, bound in nats, and the bound's exact value where there is one. ± is the standard error over paths; entries without it are computed by quadrature or, for the exact bounds, in closed form."}}
 wrong = on_scalar(mcvae.metvae_path, Maps(maps[:1], "metropolis"))
 ratio, low = mean_ratio(wrong, truth), estimate(wrong.log_weights)
 rows += [["planted: Metropolis, one map", ratio, low, decided(metropolis)[1]]]
@@ -801,7 +801,7 @@ def gap(path):
     return mean_and_se(values), values.min().item()
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-hvae-ring", "caption": "The ring at five evaluations of the target for each path: gap of the bound in nats, mean ± standard error over four starts, and the smallest of the four; half the variance of the log-weights; and the mean share of the ring's directions that are covered."}}
 shown = {"mean field": mean_field} | {n: on_the_ring[n, 4] for n in METHODS}
 rows = []
 for name, path in shown.items():
@@ -913,11 +913,11 @@ def draw_curves(ax, found, sizes):
     ax.set(xlabel="evaluations a path", xscale="log")
     ax.set_xticks([K + 1 for K in sizes], labels=[K + 1 for K in sizes])
     ax.minorticks_off()
-    ax.legend(fontsize=7, loc="lower left")
+    ax.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.2))
 
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-cost", "caption": "Left: bound gap on the ring after training at each budget, mean and standard error over four starts. Right: what each bound gains over the plain one on digits, mean and standard error over images, in pairs, with the trained encoder and decoder held fixed; the dotted line is the gain of importance sampling with 2,000 draws."}, "image": {"alt": "Two panels against the number of evaluations of a path. Left, the gap of IWAE falls fastest, those of the methods with fresh momentum fall more slowly, those of HVAE and MetFlow do not fall. Right, the gains of IWAE, UHA, L-MCVAE and A-MCVAE grow, those of HVAE and MetFlow stay near or below zero; all are below the dotted line."}}
-figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.4))
+figure, axes = plt.subplots(1, 2, figsize=(7.2, 4.2))
 left = {(n, K): gap(on_the_ring[n, K])[0] for n in METHODS[:8] for K in budgets}
 draw_curves(axes[0], left, budgets)
 draw_curves(axes[1], gains, long_budgets)
@@ -1103,7 +1103,7 @@ optimum = centre, 0.5 * variance.log(), 0.0 * centre, exact_scale
 at_optimum = variational_slopes(*optimum)
 fitted["mean-field VB, converged"] = floor
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-hvae-gaussian", "caption": "Squared error of the fitted $\\Delta$ and $\\sigma$ together, summed over $d$ dimensions, mean ± standard error over data sets; and, at $d = 301$, how much larger the part of $\\sigma$ is than that of exact maximum likelihood."}}
 shown_dims = [dims.index(d) for d in (25, 101, 301)]
 rows = []
 for name, parts in {"exact maximum likelihood": floor, **fitted}.items():
@@ -1167,7 +1167,7 @@ def planar_excess(factor, layers):
     return (log_sigma.detach().exp() - sd).square().sum().item()
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-hvae-half", "caption": "Squared error of $\\sigma$ after training with planar flows, summed over $d = 51$ dimensions, on one data set, and what the derivation predicts for it."}}
 torch.manual_seed(seed + 5)
 flows = {
     "planar, tied, with the half": (0.5, [mcvae.PlanarFlow(51)]),
@@ -1234,7 +1234,7 @@ for K, colour in ((1, "C0"), (10, "C1")):
     scan.plot(grid, residual(grid, K), color=colour, label=f"K = {K}")
     scan.plot(ends_at[K], residual(ends_at[K], K), "o", color=colour)
 scan.set(xlabel="u, squared step times curvature", ylabel="variance left, c")
-_ = [panel.legend(fontsize=7) for panel in (ax, scan)]
+_ = [panel.legend(fontsize=8) for panel in (ax, scan)]
 plt.show()
 
 # %% [markdown]
@@ -1256,7 +1256,7 @@ labels |= {"langevin_5": "L-MCVAE 5", "annealed_3": "A-MCVAE 3", "uha_5": "UHA 5
 labels |= {"mcd_5": "MCD 5", "hvi_5": "HVI 5"}
 study = tables.load_study("chain_bounds", "laptop")
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-hvae-digits", "caption": "Decoders trained with each path on MNIST: estimates of $\\log p(x)$ in nats, published and recorded (one annealer for all rows), mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: no such value."}}
 entries = results.load_published("hvae", metric="NLL")
 known = {entry["row"]: entry["printed"] for entry in entries}
 published = {"vae": "-" + known["base VAE"]}
@@ -1266,7 +1266,7 @@ for kind in coolings:
         published[f"hvae_{kind}{tail}"] = "-" + known[row]
 tables.study_table("chain_bounds", labels, "hais_ll", published, ["laptop"])
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": [{"name": "tab-hvae-digits-pairs", "caption": "Differences of the annealed $\\log p(x)$ in nats, paired over images. The middle column is the mean ± standard error over images and, in parentheses, half the width of the 95 % t-interval over seeds; the last column has the mean of each seed."}, {"name": "tab-hvae-digits-paths", "caption": "For each training its own bound in nats, half the variance of its log-weights, and the share of accepted proposals, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: no such value."}]}
 pairs = [(row, "vae") for row in ("hvae_none", "hvae_free", "langevin_5", "hvi_5")]
 pairs += [("hvae_free", "hvae_none"), ("hvae_free", "iwae_11")]
 pairs += [("hvae_free_varied", "hvae_free")]
@@ -1328,7 +1328,7 @@ for entry in final:
 #
 # The HVAE paper says that normalising flows leave open whether they gain by a more accurate posterior or simply by their parameters, and that a flow built from the target has few of them. It does not test this. The rows below do, on the same base and at equal updates: HVAE adds $D + K$ numbers; planar and RealNVP flows add many and do not see the target; a wider encoder adds as many as RealNVP and no flow at all; and the last control runs the *same dynamics* on a learned potential that does not see $x$. Two rows train the cheap methods for as many seconds as HVAE takes.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": [{"name": "tab-hvae-controls", "caption": "Is it the posterior or the parameters? Annealed $\\log p(x)$ in nats, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: not recorded."}, {"name": "tab-hvae-controls-pairs", "caption": "The same rows minus the VAE, in nats, paired over images. The middle column is the mean ± standard error over images and, in parentheses, half the width of the 95 % t-interval over seeds; the last column has the mean of each seed."}, {"name": "tab-hvae-controls-size", "caption": "The same rows: each training's own bound in nats, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds; and the number of parameters that the path adds to decoder and encoder. A dash: not recorded."}]}
 controls = {
     "vae": "VAE",
     "hvae_free": "HVAE 10, free cooling",
@@ -1382,7 +1382,7 @@ kinds = {
 }
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": [{"name": "tab-hvae-targets", "caption": "Gap of the bound in nats on three targets whose evidence is exact, at 5 or 16 steps: mean ± standard error over starts, and in parentheses half the width of the 95 % t-interval over seeds where there are several. A dash: not recorded."}, {"name": "tab-hvae-targets-digits", "caption": "The same for the posterior of fixed digits and for in-painting, where the evidence is itself an annealed lower bound, so that the true gap is larger. A dash: not recorded."}]}
 def target_table(title, places, metric):
     """A row for each method; a place is a target and a number of steps."""
     found, rows = tables.load_study("chain_targets", "laptop"), []
@@ -1404,7 +1404,7 @@ print("A dash: python -m amortised.experiments run chain_targets makes it.")
 # %% [markdown]
 # The gap alone would hide a lost mode, so the next table counts: directions of the ring and modes of the mixture that hold at least half of their due.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-hvae-coverage", "caption": "Share of the mixture's modes and of the ring's directions that hold at least half of their due, at 5 or 16 steps: mean ± standard error over starts. A dash: not recorded."}}
 places = [("eight_gaussians", 5), ("ring", 5), ("ring", 16)]
 target_table("coverage; steps", places, "coverage")
 
@@ -1422,7 +1422,7 @@ for name in ["IWAE", *chains]:
 deepest = min(rows, key=lambda row: row[2].mean)[0]
 print("smallest gap on the ring at nine evaluations:", deepest)
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-hvae-measured", "caption": "What this page measured of each method: mean of $\\hat p / p(x)$ on the scalar model (standard error over paths), gap on the ring at nine evaluations in nats (over four starts), and gain of the bound over the plain one on digits at seventeen evaluations in nats (over images, paired). A dash: not measured."}}
 titles = ["method", "mean of p̂ / p, scalar", "gap, ring", "gain, digits"]
 markdown_table(titles, rows)
 

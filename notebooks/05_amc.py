@@ -14,7 +14,7 @@
 # %% [markdown]
 # # Amortised MCMC with adversarial distillation
 #
-# *About a minute and a half on two cores. You need the bound of {doc}`/chapters/01_vi_recap`, and the estimators of {doc}`/chapters/06_evaluation_hais` for the tables.*
+# *About a minute and a half on one core. You need the bound of {doc}`/chapters/01_vi_recap`, and the estimators of {doc}`/chapters/06_evaluation_hais` for the tables.*
 #
 # An encoder gives a posterior sample in one forward pass, and its samples are biased. A Markov chain is exact in the limit, and every sample costs many gradients.
 # Amortised MCMC, AMC for short {cite:p}`li2017amc`, combines them: the encoder proposes, the chain improves the proposal by a few steps, and the encoder is trained to *imitate the improved sample*, so that its next proposal is better.
@@ -392,7 +392,7 @@ right.set(xlabel="nats", ylim=(len(names) - 0.5, -0.5))
 right.grid(axis="x")
 right.tick_params(left=False)
 right.spines["left"].set_visible(False)
-right.legend(fontsize=7, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0))
+right.legend(fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0))
 plt.show()
 
 # %% [markdown]
@@ -408,7 +408,7 @@ kernels = {
     "MALA (Metropolis test), η = 0.2": partial(mcmc.mala_step, step_size=0.2),
     "HMC, ε = 0.25, L = 5": partial(mcmc.hmc_step, step_size=0.25, num_steps=5),
 }
-# %%
+# %% mystnb={"table": {"name": "tab-amc-kernels", "caption": "Total variation between the exact posteriors of the fold and chains that started at exact draws and took 60 steps. The first row is what a finite number of exact draws shows."}}
 after = {"exact draws": total_variation(posterior_fold)}
 for name, kernel in kernels.items():
     kernel = partial(kernel, logdensity_fn=partial(fold.log_joint, x_fold))
@@ -598,7 +598,7 @@ for name, contrast in (("AVB", False), ("AVB, adaptive", True)):
     found = distil("implicit", amc.avb_step, contrast=contrast)
     _, drawn[name, "chain"], avb[name] = found
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-rules", "caption": "Students of each rule, taught by the chain or by exact draws: how many have lost a mode of the posterior with the high barrier (± binomial standard error), and total variation from the posterior, averaged over the three posteriors (mean ± standard error over students)."}}
 rows = []
 for name in [*rules, *avb]:
     row = [name]
@@ -621,7 +621,9 @@ def show_panels(shown, ncols, size, num_shown):
         plotting.show_density(posterior, window, ax=panel, num_points=81)
         panel.plot(*z[:num_shown].T, ".", color=ORANGE, ms=3, mew=0, alpha=0.6)
         panel.set_title(title, fontsize=8)
-        panel.set(xlim=window[:2], ylim=window[2:])
+        panel.set(xlim=window[:2], ylim=window[2:], xlabel="$z_1$", ylabel="$z_2$")
+        panel.set(xticks=(-2, 0, 2), yticks=(-2, 0, 2))
+        panel.label_outer()
 
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-rules", "caption": "The first student of each rule on the posterior with the high barrier (green), from the wide start; draws in orange. Above, the teacher is the chain of five steps; below, exact draws. AVB has no teacher: above with the prior, below with adaptive contrast."}, "image": {"alt": "Two rows of six panels, each with two green modes. Above, the orange draws of the GAN, MMD and Gaussian students lie around the right mode, those of Wasserstein on both with a bridge, those of the mixture on both, most on the right, and those of AVB on the left. Below, GAN, Wasserstein and MMD reach both modes with a thin bridge, the Gaussian spreads over everything, the mixture fills both without a bridge, and adaptive AVB fills the left with a trail to the right."}}
@@ -669,7 +671,7 @@ for name in ("GAN", "MMD"):
             ways[name, teacher, start] = distil(kind, start=start, **settings)[:2]
         ways[name, teacher, "wide"] = half_way[name, teacher], drawn[name, teacher]
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-starts", "caption": "Two rules, two teachers and three starts: standard deviation of the student's draws at a given $x$ before training, and how many students have lost a mode half way and at the end, ± binomial standard error."}}
 num = {key: [num_lost(z, 2) for z in both] for key, both in ways.items()}
 rows = [
     (
@@ -828,7 +830,7 @@ games = {
     "control: prior, ignores x": (ignores_x, math.nan),
 }
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-games", "caption": "Diagnostics of students against exact draws, mean ± standard error over students: mean loss of the discriminators at the end, where $2 \\log 2 = 1.386$ means that nothing is told apart; norm of the error of the means, in posterior standard deviations; log of the student's over exact variance; $\\log p(x \\mid z_0)$ in nats, minus that of exact draws, and minus that of draws for another $x$; AUC of a new classifier, 0.5 for a perfect student."}}
 found, rows = {name: diagnose(encoder) for name, (encoder, _) in games.items()}, []
 for name, values in found.items():
     own = values["log_likelihood_student"]
@@ -937,7 +939,7 @@ def loss_when_frozen(rule, encoder):
     return torch.stack(losses[-50:]).mean().item()
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-amc-frozen", "caption": "Mean loss of the discriminators over the last 50 steps, in the game and when new ones are trained against students that stand still. At $2 \\log 2 = 1.386$ nothing is told apart."}}
 own, kernel, inclusive = (name for name in games if name.startswith("mended"))
 exact_row, blind_loss = "control: exact posterior", 2 * math.log(2)
 frozen = {(blind, "plain"): loss_when_frozen(plain, games[blind][0])}
@@ -981,7 +983,7 @@ def off_diagonal(matrices):
     return mean_and_se(squares.reshape(num_small, -1).mean(1).sqrt())
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-amc-correlations", "caption": "Root mean square, over pairs of latents, of the exact posterior correlations and of each student's error in them; mean ± standard error over students."}}
 x = small.sample(batch)[0].repeat(num_small, 1)
 exact = correlations(posterior_draws(x, range(1000)))
 rows = [("size of the exact ones", off_diagonal(exact))]
@@ -1012,7 +1014,7 @@ markdown_table(header, rows)
 #
 # With any other $S$ than $S^*$ the number is **no bound**. On the fold $\log p(x)$ is known, so we can see it violated.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-avb", "caption": "The number that AVB calls a bound, minus the exact $\\log p(x)$ of the fold: how many of the students' values lie above it by more than 0.1 nats, of how many, and by how much the highest does."}}
 rows = []
 for name, networks in avb.items():
     x, z = x_fold.repeat(num_students, 1), drawn[name, "chain"].flatten(1, 2)
@@ -1049,7 +1051,7 @@ others = {
 }
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-equal-cost", "caption": "Total variation from the posterior of students taught by the end of five Langevin steps, and the change of it, paired over students, when the teacher is the whole path, MALA or one Hamiltonian trajectory at equal cost. ± is the standard error over students; negative is better."}}
 rows = []
 for name in ("inclusive KL, mixture",):
     kind, rule = rules[name]

@@ -14,7 +14,7 @@
 # %% [markdown]
 # # Evaluation you can trust: annealed importance sampling and HAIS
 #
-# *About a minute on two cores. You need the evidence lower bound and Hamiltonian Monte Carlo, as {doc}`/chapters/01_vi_recap` leaves them.*
+# *About a minute on one core. You need the evidence lower bound and Hamiltonian Monte Carlo, as {doc}`/chapters/01_vi_recap` leaves them.*
 #
 # ```{admonition} What you will be able to do
 # :class: tip
@@ -124,7 +124,7 @@ def mean_field_gap(model: LinearGaussian) -> float:
 # %% [markdown]
 # Model A generated the data below. Model B has too much noise, so it is truly the worse model. But A's latent axes are turned by 45 degrees, and B's are not.
 
-# %%
+# %% mystnb={"table": {"name": "tab-eval-rotated", "caption": "Two linear models on data of model A: exact $\\log p(x)$, mean ± standard error over 2,000 observations, and the best bound that a mean-field Gaussian reaches, in nats."}}
 model_a, model_b = rotated_model(math.pi / 4, 0.5), rotated_model(0.0, 0.65)
 z = torch.randn(2000, 2, generator=stream(1), dtype=torch.float64)
 noise = torch.randn(2000, 3, generator=stream(2), dtype=torch.float64)
@@ -224,7 +224,7 @@ for ax in axes:
     ax.minorticks_off()
 plt.show()
 
-# %%
+# %% mystnb={"table": {"name": "tab-eval-is", "caption": "Importance sampling against the exact $\\log p(x)$ in 4 and 32 dimensions: mean and root-mean-square error in nats, the error in nats that the effective sample size suggests, and the mean of that size."}}
 # NBVAL_CHECK_OUTPUT
 rows = []
 for name, values in curves.items():
@@ -395,7 +395,7 @@ axes[1].minorticks_off()
 axes[1].legend(fontsize="small")
 plt.show()
 
-# %%
+# %% mystnb={"table": {"name": "tab-eval-momentum", "caption": "Kernels at equal numbers of gradients on 16 latents: best step size at 100 gradients, gap of one annealed chain at 800 gradients in nats (mean ± standard error over chains), and slope of the gap's logarithm against that of the gradients."}}
 # NBVAL_CHECK_OUTPUT
 rows = []
 for name, points in gap_curves.items():
@@ -472,7 +472,7 @@ ax.minorticks_off()
 ax.legend()
 plt.show()
 
-# %%
+# %% mystnb={"table": {"name": "tab-eval-sandwich", "caption": "Errors of the two sides of the sandwich in nats against the exact $\\log p(x)$, with $T$ temperatures and four chains: mean ± standard error over 200 simulated pairs."}}
 # NBVAL_CHECK_OUTPUT
 for lower, upper in sandwich:
     assert lower.mean < 4 * lower.se and upper.mean > -4 * upper.se
@@ -486,7 +486,7 @@ results.markdown_table(columns, rows)
 # {prf:ref}`thm-eval-unbiased` asks that each kernel leave $f_t$ invariant. A kernel whose step size depends on the chain's own past does not: it moves some positions further than others. Many programs adapt the step during the very run they report, and still call the result a lower bound. On one latent dimension the effect can be measured. The rule is the usual one, per chain: after an acceptance probability above 0.65 multiply the step by a factor, else divide by it.
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-eval-adapting", "caption": "Mean of the weights over $p(x)$, which must be one, when each chain multiplies or divides its step by a factor while it anneals; ± is the standard error over chains."}}
 def adapting_weights(factor: float, num_chains: int) -> torch.Tensor:
     rng, temperatures, likelihood = stream(15), 20, Normal(2.0, 0.3)
     z = torch.randn(num_chains, 1, generator=rng)
@@ -596,7 +596,7 @@ for name, spacing in spacings.items():
     by_spacing[name] = estimate.log_likelihood
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-eval-schedules", "caption": "Annealed lower bound with temperatures spaced in three other ways, minus that with the sigmoid schedule, in nats: mean ± standard error of the paired differences over images. Higher is better."}}
 # NBVAL_CHECK_OUTPUT
 def spaced(name: str) -> results.Estimate:
     return results.paired_difference(by_spacing[name], by_spacing["sigmoid"])
@@ -629,7 +629,7 @@ recorded_hais = results.load_result(path).per_image["start_hais_ll"].double()
 few = torch.arange(len(recorded_hais))  # the first ones in random order
 mean = evaluation.regression_mean(recorded_hais, few, control)
 
-# %%
+# %% mystnb={"table": {"name": "tab-eval-control", "caption": "Estimates of the mean over all test images, in nats: of the two-sample bound, and of $\\log p(x)$ by HAIS without and with the control variate. ± is the standard error over images; the row without one has seen all images that it names."}}
 # NBVAL_CHECK_OUTPUT
 first = bound(test[:100], **settings).log_likelihood
 rows = [
@@ -703,7 +703,7 @@ for name, row in files.items():
 # The mean of the log-weights estimates the ELBO, and importance sampling with 512 draws from the full covariance stands for $\log p(x)$; further below it is held against annealing. Each proposal is the mixture of fits from three starts, which misses fewer modes than one.
 
 
-# %%
+# %% mystnb={"table": {"name": "tab-eval-gaps", "caption": "For two decoders, in nats: gap of the mean-field bound, measured and as the fitted covariance implies it, gap of the bound with full covariance, and by how much importance sampling differs between the two proposals. Mean ± standard error over test images."}}
 # NBVAL_CHECK_OUTPUT
 def implied_gap(covariance):
     precision = torch.linalg.inv(covariance)
@@ -737,7 +737,7 @@ figure.colorbar(image, ax=list(axes[:2]), shrink=0.8, label="|correlation|")
 low, high = axes[2].get_xlim()
 axes[2].plot([low, high], [low, high], "--", color=plotting.GREY)
 axes[2].set(xlabel="implied gap, nats", ylabel="measured gap, nats")
-axes[2].legend(fontsize="x-small")
+axes[2].legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
@@ -773,7 +773,7 @@ ax.set_xticks([0, num_pairs - 1, num_pairs + 1.5], labels=[1, num_pairs, "means"
 ax.legend(fontsize="small")
 plt.show()
 
-# %%
+# %% mystnb={"table": {"name": "tab-eval-annealed", "caption": "The check by annealing for the chain-trained decoder. Gaps are those of the sandwich in nats, mean ± standard error over simulated pairs; the difference below them is paired over these pairs, the next one over test images. ESS is the mean effective sample size, of the samples named."}}
 # NBVAL_CHECK_OUTPUT
 full = fits["50-step chains"]["full covariance"]
 rows = [[f"gap, {name}", c.expected_gap] for name, c in certificates.items()]
@@ -797,7 +797,7 @@ results.markdown_table(["quantity", "value"], rows, decimals=1)
 #
 # {cite:t}`li2017amc` evaluated ten ways to train one small decoder twice: by importance sampling with $K = 5000$ and by annealing with $K = 100$. The ten rows are a study of this book too; chapter 5 says what they are. Here we only ask how well they were *measured*. Published values are means over the 10,000 test images, recorded ones over the first 100, which are easier; and trainings differ in length. So compare within a column.
 
-# %%
+# %% mystnb={"table": {"name": "tab-eval-table1", "caption": "Annealed $\\log p(x)$ in nats: published, all 10,000 test images; recorded at laptop scale, the first 100, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds."}}
 # NBVAL_CHECK_OUTPUT
 published = {}
 for metric in ("IS-LL", "HAIS-LL"):
@@ -819,7 +819,7 @@ tables.study_table("amc_table1", labels, "ais_ll", printed, scales, decimals=1)
 #
 # The next table subtracts. How much does annealing find that importance sampling has missed? The proposal is of one kind for every row, a mean-field Gaussian encoder fitted to the finished decoder, and the differences are taken in pairs. The last column is the certificate: the gap of the sandwich on digits that the decoder itself generated.
 
-# %%
+# %% mystnb={"table": {"name": "tab-eval-missed", "caption": "What annealing finds beyond importance sampling, in nats: published values subtracted, and recorded ones paired over images; and the certificate, the gap of the sandwich on simulated digits in nats. Mean ± standard error over images or pairs, and in parentheses half the width of the 95 % t-interval over seeds."}}
 # NBVAL_CHECK_OUTPUT
 recorded = tables.load_study("amc_table1", "laptop")
 missed, rows = {"published": {}, "laptop": {}}, []

@@ -209,6 +209,19 @@ def test_list_of_chapters_to_be_finished_names_chapters():
 
 
 @each_chapter
+def test_printed_tables_are_numbered_and_described(chapter):
+    names = []
+    for cell in code_cells(committed(chapter)):
+        printed = [output.get("data", {}).get("text/markdown", "") for output in cell.outputs]
+        given = cell.metadata.get("mystnb", {}).get("table", [])
+        given = given if isinstance(given, list) else [given]
+        assert len(given) == sum(text.startswith("|") for text in printed), cell.source
+        assert all(shown["caption"].endswith(".") for shown in given), given
+        names += [shown["name"] for shown in given]
+    assert all(name.startswith("tab-") for name in names) and len(set(names)) == len(names)
+
+
+@each_chapter
 def test_figures_are_folded_numbered_and_described(chapter):
     for cell in code_cells(committed(chapter)):
         if any(kind.startswith("image/") for o in cell.outputs for kind in o.get("data", {})):

@@ -6,7 +6,9 @@ is recorded, and each test looks at one side of the record.
 """
 
 import functools
+import gzip
 import http.server
+import io
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +70,14 @@ LOOK = r"""
 }
 """
 
+# How much of the screen moved without the reader's doing, as Lighthouse counts it.
+WATCH = """
+window.moved = 0;
+new PerformanceObserver((list) => {
+  for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.moved += entry.value;
+}).observe({ type: "layout-shift", buffered: true });
+"""
+
 # Formulas and the words of code make up most nodes of a page and few colours. axe takes a tenth of
 # the time when formulas are plain and one word of code remains of each kind.
 THIN = r"""
@@ -89,15 +100,17 @@ def pages():
 
 
 class Page(HTMLParser):
-    """The links, anchors and words of a page, without a browser."""
+    """The links, anchors, words and tags of a page, without a browser."""
 
     def __init__(self, name):
         super().__init__()
         self.links, self.anchors, self.text, self._article = set(), set(), [], False
+        self.tags = []
         self.feed((SITE / name).read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
+        self.tags.append((tag, attributes))
         self.anchors |= {attributes[key] for key in ("id", "name") if attributes.get(key)}
         if tag == "a" and attributes.get("href"):
             self.links.add(attributes["href"])
@@ -251,6 +264,71 @@ def test_accessibility(visits):
     check(visits, complain)
 
 
+def in_chapters(site):
+    return [name for name in site if name.startswith("chapters/")]
+
+
+def test_tables_of_a_chapter_are_numbered(site):
+    for name in in_chapters(site):
+        kinds = [tag for tag, _ in site[name].tags]
+        assert kinds.count("table") == kinds.count("caption"), name
+
+
+def test_every_page_says_what_it_is(site):
+    for name, page in site.items():
+        kinds = [tag for tag, _ in page.tags]
+        assert (kinds.count("title"), kinds.count("h1")) == (1, 1), name
+        facts = [a.get("property") or a.get("name") for tag, a in page.tags if tag == "meta"]
+        assert facts.count("og:title") == facts.count("viewport") == 1, name
+        if name.startswith(("chapters/", "api/", "intro")):
+            assert facts.count("description") == facts.count("og:description") == 1, name
+
+
+def test_pictures_have_their_room_before_they_load(site):
+    for name, page in site.items():
+        images = [a for tag, a in page.tags if tag == "img" and "_images/" in a["src"]]
+        assert all({"width", "height"} <= set(image) for image in images), name
+
+
+def weight_of(addresses):
+    """Bytes of the files as servers send them, texts compressed; animations are left out."""
+    files = {(SITE / unquote(urlparse(address).path).lstrip("/")) for address in addresses}
+    contents = {file: file.read_bytes() for file in files if file.is_file()}
+    texts = (".html", ".css", ".js", ".svg")
+    return sum(
+        len(gzip.compress(content)) if file.suffix in texts else len(content)
+        for file, content in contents.items()
+        if b"acTL" not in content[:2000]
+    )
+
+
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+def test_chapters_are_light_and_stand_still_while_they_load(browser, address, site, size):
+    for name in [*in_chapters(site), "intro.html"]:
+        context, asked = browser.new_context(viewport=size), []
+        context.add_init_script(WATCH)
+        page = context.new_page()
+        page.on("request", lambda request, asked=asked: asked.append(request.url))
+        page.goto(address + name)
+        page.wait_for_timeout(500)  # what moves late, moves too
+        moved = page.evaluate("window.moved")
+        context.close()
+        assert moved < 0.1, f"{name}: a layout shift of {moved:.2f}"
+        assert weight_of(asked) < 1_000_000, f"{name}: {weight_of(asked):,} bytes"
+
+
+def test_search_leads_to_chapters_first_and_shows_no_tex(browser, address, site):
+    page = browser.new_page()
+    for word in ("leapfrog", "posterior"):
+        page.goto(f"{address}search.html?q={word}")
+        page.locator("#search-results li p.context").first.wait_for(timeout=10_000)
+        results = page.locator("#search-results li").all()
+        assert results[0].locator("a").get_attribute("href").startswith("chapters/"), word
+        shown = [text for result in results[:8] for text in result.all_inner_texts()]
+        assert not re.findall(r"\\[a-z(\[]+", " ".join(shown)), shown
+    page.close()
+
+
 def test_links_lead_somewhere(site):
     dead = []
     for name, page in site.items():
@@ -315,6 +393,65 @@ def test_search_finds_a_word_of_chapter_1(browser, address, site, chapter):
     result = page.locator("#search-results li a").first
     result.wait_for(timeout=10_000)
     assert chapter in result.get_attribute("href"), f"searched for {word!r}"
+    page.close()
+
+
+def test_animations_can_be_stopped(browser, address, site):
+    name = next(n for n in in_chapters(site) if ("picture", {"class": "animation"}) in site[n].tags)
+    for motion in ("no-preference", "reduce"):
+        page = browser.new_page(viewport=PHONE, reduced_motion=motion)
+        page.goto(address + name)
+        page.locator("picture.animation img").first.scroll_into_view_if_needed()
+        button = page.locator("button.pause").first
+        for plays in (motion != "reduce", motion == "reduce"):
+            page.wait_for_function(
+                """(plays) => plays !=
+                     /still-/.test(document.querySelector(".animation img").currentSrc)""",
+                arg=plays,
+            )
+            assert button.inner_text() == ("Pause" if plays else "Play")
+            button.click()
+        page.close()
+
+
+def test_what_is_folded_prints_with_ink(browser, address, chapter):
+    """The theme fades folded code in, and paper caught it before it had begun to show."""
+    page = browser.new_page(viewport=DESK)
+    page.goto(address + chapter)
+    page.emulate_media(media="print", color_scheme="light")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    for box in page.locator("details pre").all()[:3]:
+        picture = Image.open(io.BytesIO(box.screenshot())).convert("L")
+        dark = sum(picture.histogram()[:128]) / (picture.width * picture.height)
+        assert dark > 0.005, f"{dark:.2%} ink: {box.inner_text()[:60]!r}"
+    fading = page.evaluate(
+        """() => [...document.querySelectorAll("article *")]
+             .filter((box) => getComputedStyle(box).animationName !== "none").length"""
+    )
+    assert not fading
+    page.close()
+
+
+def test_words_of_figures_can_be_read_on_a_phone(browser, address, site):
+    """A figure keeps its size and is scrolled within its box, its caption in view."""
+    page = browser.new_page(viewport=PHONE)
+    for name in in_chapters(site):
+        page.goto(address + name)
+        shown = page.evaluate(
+            """() => [...document.querySelectorAll("article figure img")].map((image) => {
+                 const caption = image.closest("figure").querySelector("figcaption");
+                 const natural = Math.min(image.getAttribute("width"), 704);
+                 return {
+                   scale: image.getBoundingClientRect().width / natural,
+                   caption: caption.getBoundingClientRect().right,
+                   source: image.getAttribute("src"),
+                 };
+               })"""
+        )
+        assert shown
+        for figure in shown:
+            assert figure["scale"] > 0.9 or "png" in figure["source"], (name, figure)
+            assert figure["caption"] <= PHONE["width"], (name, figure)
     page.close()
 
 

@@ -123,6 +123,10 @@ def predicted(config: Mapping, per_unit: Mapping[str, float]) -> float | None:
 
 def _print_rows(runs: list[Timed], per_unit: Mapping[str, dict | None]) -> None:
     several = len(per_unit) > 1
+    print(
+        "```{table} Mean minutes of a recorded run of each row, and what the model makes of them."
+    )
+    print(":name: tab-costs\n")
     print("| study | row | scale | runs | minutes a run | by the model |" + " device |" * several)
     print("|:--|:--|:--|--:|--:|--:|" + ":--|" * several)
     groups = defaultdict(list)
@@ -137,10 +141,11 @@ def _print_rows(runs: list[Timed], per_unit: Mapping[str, dict | None]) -> None:
             f"| {study} | {row} | {scale} | {len(members)} | {np.mean(minutes):.1f} | {shown} |"
             + f" {device} |" * several
         )
+    print("```")
 
 
 def _print_model(runs: list[Timed], per_unit: Mapping[str, float], device: str) -> None:
-    print(f"\nOn {device}, by least squares over {len(runs)} runs:\n")
+    print(f"\n```{{table}} The model on {device}, by least squares over {len(runs)} runs.\n")
     print("| unit of work | microseconds | share of all time |\n|:--|--:|--:|")
     done = defaultdict(float)
     for run in runs:
@@ -151,6 +156,7 @@ def _print_model(runs: list[Timed], per_unit: Mapping[str, float], device: str) 
     total = sum(done.values())
     for kind, seconds in per_unit.items():
         print(f"| {WORK[kind]} | {seconds * 1e6:,.0f} | {done[kind] / total:.0%} |")
+    print("```")
 
 
 def main(root: Path | None = None) -> int:

@@ -9,7 +9,7 @@ seed has none. A standard error from a few seeds is itself uncertain, so that tw
 side are no 95 % interval: Student's t asks for 4.30 with three seeds. Cells print
 ``mean ± image error (95 % over seeds ± half width of the t-interval)``.
 
-A cell without a run names the command that makes it. Nothing here computes anything new: all values
+A dash stands where no run is recorded. Nothing here computes anything new: all values
 are those of ``data/results``.
 """
 
@@ -34,7 +34,6 @@ from .results import (
 )
 
 Study = Mapping[str, Sequence[Result]]
-_PROGRAM = "`python -m amortised.experiments` goes before it."
 
 
 class Pooled(NamedTuple):
@@ -151,28 +150,30 @@ def study_table(
     :param scales: a column for each.
     :param root: as in :func:`load_study`.
     :param decimals: digits after the point.
-    :return: the table. An empty cell holds the end of the command that fills it.
+    :return: the table, with a dash where no run is recorded and, below, the command that makes it.
 
     >>> table = study_table("no_such_study", {"vae": "VAE"}, "ais_ll", {"vae": "-80.64"}, ["full"])
     >>> print(table)
     | row | published | full |
-    | :-- | :-- | :-- |
-    | VAE | -80.64 | `run no_such_study vae --scale full` |
+    | :-- | :-- | --: |
+    | VAE | -80.64 | – |
     <BLANKLINE>
-    A command stands for a run that is not recorded: `python -m amortised.experiments` ...it.
+    Runs without a value are made by `python -m amortised.experiments run ... --scale full`.
     """
     loaded = {scale: load_study(study, scale, root) for scale in scales}
-    is_missing, lines = False, []
+    missing, lines = set(), []
     for row, label in labels.items():
         line = [label, *([published.get(row)] if published else [])]
         for scale in scales:
             (text,) = cells(loaded[scale], row, [metric], decimals)
-            is_missing |= text is None
-            line.append(text or f"`run {study} {row} --scale {scale}`")
+            missing |= {scale} if text is None else set()
+            line.append(text)
         lines.append(line)
     header = ["row", *(["published"] if published else []), *scales]
-    note = "\n\nA command stands for a run that is not recorded: " + _PROGRAM
-    return Table(markdown_table(header, lines) + (note if is_missing else ""))
+    program = f"python -m amortised.experiments run {study} --scale"
+    commands = " and ".join(f"`{program} {scale}`" for scale in scales if scale in missing)
+    note = f"\n\nRuns without a value are made by {commands}." if missing else ""
+    return Table(markdown_table(header, lines) + note)
 
 
 def cells(
