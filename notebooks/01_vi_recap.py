@@ -42,7 +42,7 @@ num_chains: int = 1000  # Markov chains whose averages are compared with the tru
 num_updates: int = 200  # updates of the linear model in the comparison of schemes
 device: str = "cpu"  # where images are modelled: "cpu", "cuda", "cuda:1", "mps"
 
-# %%
+# %% tags=["hide-input"]
 from amortised import checks
 
 checks.parameters(
@@ -103,7 +103,6 @@ generator = torch.Generator().manual_seed(seed)
 # The sum says little about either cause alone, but it ties them together: if one is large, the other must be small.
 
 # %%
-# NBVAL_CHECK_OUTPUT
 two_causes = LinearGaussian(torch.ones(1, 2), torch.zeros(1), noise_scale=0.3)
 two_causes.requires_grad_(False)
 x = torch.tensor([[1.5]])
@@ -114,6 +113,8 @@ def log_target(z):
     return two_causes.log_joint(x, z.to(x.dtype))
 
 
+# %% tags=["hide-input"]
+# NBVAL_CHECK_OUTPUT
 precision = posterior.precision_matrix[0]
 variances, axes = torch.linalg.eigh(posterior.covariance_matrix[0])  # narrow, wide
 covariance = posterior.covariance_matrix[0]
@@ -157,11 +158,13 @@ plt.show()
 # How many of 10,000 draws still count is measured by the effective sample size $(\sum_k w_k)^2 / \sum_k w_k^2$ with $w_k = p_\theta(x \mid z_k)$: it is 10,000 when all weights are equal and 1 when a single draw carries everything.
 # Here one observation with four latents is revealed pixel by pixel.
 
-# %% mystnb={"table": {"name": "tab-vi-evidence", "caption": "One observation of a linear model with four latents, revealed pixel by pixel: the exact $\\log p(x)$ and its estimate from 10,000 prior draws, in nats, and the effective number of those draws."}}
-# NBVAL_CHECK_OUTPUT
+# %%
 wide = LinearGaussian(torch.randn(256, 4), torch.zeros(256), noise_scale=1.0)
 x_wide, _ = wide.sample(1)
 z_prior, rows = wide.prior().sample((10_000,)), []
+
+# %% mystnb={"table": {"name": "tab-vi-evidence", "caption": "One observation of a linear model with four latents, revealed pixel by pixel: the exact $\\log p(x)$ and its estimate from 10,000 prior draws, in nats, and the effective number of those draws."}}
+# NBVAL_CHECK_OUTPUT
 for pixels in (1, 4, 16, 64, 256):
     seen = LinearGaussian(wide.weight[:pixels], wide.bias[:pixels], noise_scale=1.0)
     exact = seen.log_evidence(x_wide[:, :pixels])[0]
@@ -204,8 +207,7 @@ markdown_table(header, rows, 1)
 # over the exact posterior, and over a Gaussian with independent coordinates, whose mean is exact and whose covariance is not. (It is the best of its kind, in a sense that {numref}`sec-vi-bound` makes precise.)
 
 
-# %% mystnb={"table": {"name": "tab-vi-fisher", "caption": "Gradient of $\\log p_\\theta(x)$ of the model with two causes, one parameter in each row: exact, and as the mean of the joint's gradient over the exact posterior and over a mean-field Gaussian. ± is the standard error over 400 batches of 1,000 draws."}}
-# NBVAL_CHECK_OUTPUT
+# %%
 def fisher_gradient(model, q, x, num_batches=400):
     """The joint's gradient, averaged over batches of draws from q."""
     batches = []
@@ -216,12 +218,16 @@ def fisher_gradient(model, q, x, num_batches=400):
     return torch.stack(batches)
 
 
+# %%
 mean_field = Independent(Normal(posterior.mean, precision.diagonal().rsqrt()), 1)
 model = LinearGaussian(torch.ones(1, 2), torch.zeros(1), noise_scale=0.3)
 exact = torch.autograd.grad(model.log_evidence(x).sum(), model.parameters())
 exact = nn.utils.parameters_to_vector(exact).tolist()
 samples = (fisher_gradient(model, q, x) for q in (posterior, mean_field))
 columns = [map(mean_and_se, sample.T) for sample in samples]
+
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-vi-fisher", "caption": "Gradient of $\\log p_\\theta(x)$ of the model with two causes, one parameter in each row: exact, and as the mean of the joint's gradient over the exact posterior and over a mean-field Gaussian. ± is the standard error over 400 batches of 1,000 draws."}}
+# NBVAL_CHECK_OUTPUT
 names = "$W_1$", "$W_2$", "$b$", r"$\log \sigma$"
 rows = list(zip(names, exact, *columns, strict=True))
 off, biased = ([abs(r[i].mean - r[1]) / r[i].se for r in rows] for i in (2, 3))
@@ -304,6 +310,7 @@ def chain_averages(kernel, cost, budget=1000):
     return torch.cat([along, along.square() - 1], dim=-1).mean(0)
 
 
+# %%
 def worth(averages):
     """Independent draws with the same mean squared error, with standard errors."""
     errors = [mean_and_se(column) for column in averages.square().T]
@@ -313,7 +320,7 @@ def worth(averages):
     return list(map(results.Estimate, draws, spread, [num_chains] * 4))
 
 
-# %% mystnb={"table": {"name": "tab-vi-worth", "caption": "How many independent posterior draws 1,000 evaluations of the density are worth, for averages of $z$ and of $z^2$ along the narrow and the wide axis. ± is the standard error over chains; the row without errors is computed. MH is random-walk Metropolis; ULA is compared with the posterior and with the law that it has itself in the long run."}}
+# %%
 kernels = {  # each with its number of density evaluations
     "MH": (partial(mcmc.metropolis_step, step_size=0.5), 1),
     "ULA": (partial(mcmc.langevin_step, step_size=0.06), 1),
@@ -321,6 +328,8 @@ kernels = {  # each with its number of density evaluations
     "HMC": (partial(mcmc.hmc_step, step_size=0.25, num_steps=8), 8),
 }
 averages = {name: chain_averages(*kernel) for name, kernel in kernels.items()}
+
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-vi-worth", "caption": "How many independent posterior draws 1,000 evaluations of the density are worth, for averages of $z$ and of $z^2$ along the narrow and the wide axis. ± is the standard error over chains; the row without errors is computed. MH is random-walk Metropolis; ULA is compared with the posterior and with the law that it has itself in the long run."}}
 rows = [(name, *worth(average)) for name, average in averages.items()]
 rows[1] = ("ULA, for the posterior", *rows[1][1:])
 a = 1 - 0.06 / variances / 2
@@ -374,6 +383,7 @@ def move(name, z, epsilon):
     return mcmc.hmc_step(z, **options)[0].z, num_steps
 
 
+# %%
 def evaluations_per_draw(name, epsilon, dim, num_draws):
     z = torch.randn(num_draws, dim)
     moved, cost = move(name, z, epsilon)
@@ -382,7 +392,7 @@ def evaluations_per_draw(name, epsilon, dim, num_draws):
     return results.Estimate(cost * (2 / mean - 1), 2 * cost * error / mean**2, n)
 
 
-# %% mystnb={"table": {"name": "tab-vi-scaling", "caption": "Evaluations of the density for one independent draw of $z_j^2$ from $\\mathcal{N}(0, I_D)$, each kernel at the step size that costs least. ± is the standard error over 2,000 starting points. The exponent is the slope of the logarithms from $D = 8$ to $D = 512$; the last column is that of theory."}}
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-vi-scaling", "caption": "Evaluations of the density for one independent draw of $z_j^2$ from $\\mathcal{N}(0, I_D)$, each kernel at the step size that costs least. ± is the standard error over 2,000 starting points. The exponent is the slope of the logarithms from $D = 8$ to $D = 512$; the last column is that of theory."}}
 dims, grid, rows = (2, 8, 32, 128, 512), [2 ** (i / 3) for i in range(-13, 5)], []
 for name, theory in {"Metropolis": "1", "MALA": "1/3", "HMC": "1/4"}.items():
     tuned = {}
@@ -416,13 +426,15 @@ markdown_table([*header, "exponent, D = 8 to 512", "theory"], rows, 1)
 # A value clearly above the threshold proves that the chains disagree. A value below it proves nothing about places that no chain has visited. A bimodal target shows both: $z$ comes from two clusters around $-5$ and $5$, of weights 0.3 and 0.7, and an observation $x = 0$ with noise of standard deviation 10 says little about which. The posterior is known exactly ({doc}`chapter 2 </chapters/02_pq_vs_qp>` returns to this model).
 
 # %%
-# NBVAL_CHECK_OUTPUT
 weights, means = torch.tensor([0.3, 0.7]), torch.tensor([-5.0, 5.0])
 clusters = GaussianMixture(weights, means, torch.ones(2), noise_scale=10.0)
 clusters.requires_grad_(False)
 two_modes = partial(clusters.log_joint, torch.zeros(1, 1))
 together = torch.full((4, 1), -5.0)
 dispersed = torch.tensor([[-8.0], [-5.0], [5.0], [8.0]])
+
+# %% tags=["hide-input"]
+# NBVAL_CHECK_OUTPUT
 settings = {  # step of the random walk, starts, steps between two kept states
     "narrow steps, one start": (0.8, together, 10),
     "narrow steps, dispersed starts": (0.8, dispersed, 10),
@@ -538,8 +550,7 @@ plt.show()
 # The three estimators agree in the mean, so the choice among them is one of *variance*. Let $q$ approach the exact posterior of the two causes: offset its mean by $t$, stretch its covariance factor by $1 + t$, and let $t \to 0$. The table shows the variance per draw of the gradient in the mean (a baseline needs at least a pair of draws: twice the variance of their average).
 
 
-# %% mystnb={"table": {"name": "tab-vi-variance", "caption": "Variance per draw of four estimates of the bound's gradient in the mean of $q$, summed over its two coordinates and measured on 20,000 estimates, when the mean of $q$ is off the exact one by $t$ and its covariance factor is stretched by $1 + t$."}}
-# NBVAL_CHECK_OUTPUT
+# %%
 def score_function(model, q, x, num_samples, baseline=False):
     z = q.sample((num_samples,))
     log_w = (model.log_joint(x, z) - q.log_prob(z)).detach()
@@ -552,6 +563,9 @@ estimators = {  # and the draws in an estimate
     "reparameterised": (elbo, 1),
     "STL": (objectives.stl_surrogate, 1),
 }
+
+# %% mystnb={"table": {"name": "tab-vi-variance", "caption": "Variance per draw of four estimates of the bound's gradient in the mean of $q$, summed over its two coordinates and measured on 20,000 estimates, when the mean of $q$ is off the exact one by $t$ and its covariance factor is stretched by $1 + t$."}}
+# NBVAL_CHECK_OUTPUT
 rows, many = [], x.expand(20_000, 1)
 for t in (1.0, 0.3, 0.1, 0.03, 0.0):
     rows.append([f"{t:g}"])
@@ -584,6 +598,7 @@ def divergence(q, posterior):  # of a diagonal q, in closed form
     return kl(full, posterior)
 
 
+# %%
 def climb(bound, free, num_steps, step_size, family=gaussian):
     """Adam on the variational parameters; all visited, ``[steps + 1, B, ...]``."""
     optimizer, visited = torch.optim.Adam([free.requires_grad_()], step_size), []
@@ -598,11 +613,13 @@ def climb(bound, free, num_steps, step_size, family=gaussian):
 
 
 # %%
-# NBVAL_CHECK_OUTPUT
 bound = partial(elbo, two_causes, x=x, num_samples=256, analytic_kl=True)
 start = torch.tensor([[-1.5, 1.5, 0.2, 0.2]])
 path = gaussian(climb(bound, start, num_steps=150, step_size=0.2).squeeze(1))
 gaps, log_evidence = divergence(path, posterior), two_causes.log_evidence(x)
+
+# %% tags=["hide-input"]
+# NBVAL_CHECK_OUTPUT
 log_w = importance_log_weights(two_causes, path, x.expand(151, 1), 4000)
 bounds, errors = log_w.mean(0), log_w.std(0) / math.sqrt(len(log_w))
 assert ((bounds + gaps - log_evidence).abs() < 4.5 * errors).all()
@@ -683,6 +700,7 @@ def table_scheme(model, num_data, num_steps=5):
     return objective, [], table, lambda x: gaussian(table)
 
 
+# %%
 def amortised_scheme(model, num_data):
     encoder = GaussianEncoder(2, nn.Identity(), num_features=model.observation_dim)
 
@@ -708,6 +726,7 @@ def chain_scheme(model, num_data, num_steps, persistent):
     return objective, [], table, None
 
 
+# %%
 def oracle_scheme(model, num_data):
     def objective(index, x):
         return model.log_joint(x, model.posterior(x).sample())
@@ -728,6 +747,7 @@ values[:-2] = values[:-2].mean()  # the noise variance
 maximum = -0.5 * (values.log() + math.log(math.tau) + 1).sum()
 
 
+# %%
 def learn(scheme, num_updates, **settings):
     model = LinearGaussian(0.5 * torch.randn(8, 2), torch.zeros(8), noise_scale=1.0)
     model.likelihood = counter = numerics.CallCounter(model.likelihood)
@@ -746,7 +766,6 @@ def learn(scheme, num_updates, **settings):
 
 
 # %%
-# NBVAL_CHECK_OUTPUT
 schemes = {  # scheme, its settings, gradients for each visit of a datum
     "SVI": (table_scheme, {}, 6),
     "amortised VI": (amortised_scheme, {}, 1),
@@ -755,6 +774,9 @@ schemes = {  # scheme, its settings, gradients for each visit of a datum
     "oracle": (oracle_scheme, {}, 1),
     "oracle, billed 11": (oracle_scheme, {}, 11),
 }
+
+# %% tags=["hide-input"]
+# NBVAL_CHECK_OUTPUT
 equal_updates, equal_gradients = {}, {}
 for name, (scheme, options, price) in schemes.items():
     runs = [learn(scheme, num_updates // price, **options) for _ in range(3)]
@@ -786,6 +808,7 @@ def em_sweep(model):
     return LinearGaussian(solution[:, :2], solution[:, 2], noise_scale)
 
 
+# %% tags=["hide-input"]
 em_ends = []
 for _ in range(3):
     model = LinearGaussian(0.5 * torch.randn(8, 2), torch.zeros(8), noise_scale=1.0)
@@ -793,7 +816,7 @@ for _ in range(3):
         model = em_sweep(model)
     em_ends.append((maximum - model.log_evidence(data).mean()).item())
 
-# %% mystnb={"table": {"name": "tab-vi-climb", "caption": "How far below the maximum of the mean $\\log p_\\theta(x)$ each scheme ends, in nats, after equal numbers of updates and of gradients. The price is in gradients for each visit of a datum. ± is half the width of the 95 % t-interval over three starts."}}
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-vi-climb", "caption": "How far below the maximum of the mean $\\log p_\\theta(x)$ each scheme ends, in nats, after equal numbers of updates and of gradients. The price is in gradients for each visit of a datum. ± is half the width of the 95 % t-interval over three starts."}}
 T_95 = 4.303  # Student's t for three runs, two degrees of freedom
 
 
@@ -820,7 +843,7 @@ markdown_table(header, rows)
 # and follow the divergence to the exact posterior while each method spends gradients on them.
 # The law of a Langevin chain on a Gaussian target stays Gaussian, so its divergence is exact too. The last column of the table counts the gradients until a method is within 0.05 nats of its own best.
 
-# %%
+# %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
 model, encoder, *_ = equal_updates["amortised VI"][0]
 x_new, _ = truth.sample(200)
@@ -844,7 +867,6 @@ for name, new in zip(schemes, (row, 0, chain, chain), strict=False):
 
 # %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-schemes", "caption": "How far the exact $\\log p_\\theta(x)$ of the training data lies below its maximum, mean over three starts. Left: equal updates of $\\theta$. Middle: equal gradients; each curve has its own learning-rate schedule and ends where the budget does. Crosses: variational EM in closed form, ten sweeps. Right: divergence to the exact posterior of new data, against gradients spent on each; the encoder spends none."}, "image": {"alt": "Left, five falling curves that end close together. Middle, the same five and the oracle at eleven gradients a visit; curves of schemes that cost more per visit lie to the right, and the two at eleven gradients end highest. Right, two falling curves, and a dot at zero gradients that already lies low."}}
 figure, (*panels, right) = plt.subplots(1, 3, figsize=(8.4, 3.4))
-xlabels = ("updates", "gradients per datum")
 hues = ("approximation", "bound", "samples", "highlight", "exact", "other")
 for column, runs_of in enumerate((equal_updates, equal_gradients)):
     panel = panels[column]
@@ -852,9 +874,9 @@ for column, runs_of in enumerate((equal_updates, equal_gradients)):
         curve = torch.stack([run[-1] for run in runs_of[name]]).mean(0)
         cost = curve[:, column] * (11 if name == "oracle, billed 11" else 1)
         dashed, hue = "--" if "oracle" in name else "-", plotting.COLOURS[hue]
-        panel.plot(cost, maximum - curve[:, 2], dashed, color=hue, label=name)
+        panel.loglog(cost, maximum - curve[:, 2], dashed, color=hue, label=name)
     panel.plot([10], [sum(em_ends) / 3], "x", c="grey", label="variational EM")
-    panel.set(xscale="log", yscale="log", xlabel=xlabels[column])
+    panel.set(xlabel=("updates", "gradients per datum")[column])
 panels[0].set_ylabel("nats below the maximum")
 handles = panels[1].get_legend_handles_labels()
 figure.legend(*handles, fontsize=8, ncols=4, loc="outside lower left")
@@ -915,7 +937,6 @@ def train_vae(latent_dim, images, epochs, bias="mean pixel", peak=3e-3):
 # We train two autoencoders, one with 32 latents for the numbers and one with 2 for the eye: batches of 50, Adam, a learning rate that rises to 0.003 and falls again. Two short trainings, at the constant rate 0.001, are controls for a question that comes up below.
 
 # %%
-# NBVAL_CHECK_OUTPUT
 images = load_mnist("train").images[:num_train].to(device)
 fewer = images[:12_000]
 pairs = {
@@ -925,6 +946,9 @@ pairs = {
 }
 vae, encoder = pairs["this run"]
 flat_vae, flat_encoder = train_vae(2, images[: num_train // 3], epochs)
+
+# %% tags=["hide-input"]
+# NBVAL_CHECK_OUTPUT
 x_test = load_mnist_binary("test").images[:num_train].to(device)  # all, by default
 for name, network in (("decoder", vae), ("encoder", encoder)):
     count = sum(part.numel() for part in network.parameters())
@@ -959,7 +983,7 @@ plt.show()
 # Two thousand test images are looked at once, now, in one fixed binarisation. Beside the bound stands its rate, the second term of {eq}`eq-vi-vae`, and the number of *active* latents, those whose encoded mean varies over images: $\operatorname{Var}_x(\mathbb{E}_{q_\phi}[z_d]) > 0.01$ {cite:p}`burda2016iwae`. The first row is the best model without latents, independent pixels; the row "scale misread" belongs to a correction at the end of the chapter.
 
 
-# %% mystnb={"table": {"name": "tab-vi-vae", "caption": "Bound and rate on 2,000 test images, in nats, and the number of active latents. ± is the standard error over images. The last rows are differences of two bounds, paired over the images."}}
+# %%
 @torch.no_grad()
 def test_bounds(vae, encoder, x, power=1.0):
     """Bound and rate of each image, and the number of active latents."""
@@ -969,6 +993,7 @@ def test_bounds(vae, encoder, x, power=1.0):
     return bound, rate, int((q.mean.var(0) > 0.01).sum())
 
 
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-vi-vae", "caption": "Bound and rate on 2,000 test images, in nats, and the number of active latents. ± is the standard error over images. The last rows are differences of two bounds, paired over the images."}}
 x_part, grey = x_test[:2000], images.mean(0).clamp(1e-4, 1 - 1e-4)
 no_latent = (x_part * grey.logit() + (1 - grey).log()).sum(1)
 rows, found = [("independent pixels", mean_and_se(no_latent), None, None)], {}
@@ -1126,6 +1151,7 @@ one_cause.requires_grad_(False)
 log_p_one = one_cause.log_evidence(torch.tensor([[1.5]]).double()).item()
 
 
+# %%
 def by_quadrature(surrogate, num_samples):
     """Expectation over K draws of q, and of the gradient in mean, log scale and x.
 
@@ -1142,8 +1168,7 @@ def by_quadrature(surrogate, num_samples):
     return (weights @ values).item(), mean, mean.abs() / (square - mean**2).sqrt()
 
 
-# %% mystnb={"table": {"name": "tab-vi-surrogates", "caption": "For $K$ draws: the gap $\\log p(x) - \\mathcal{L}_K$ in nats, and the derivative in $\\mu$ that each surrogate has in expectation; all by Gauss–Hermite quadrature, without sampling error."}}
-# NBVAL_CHECK_OUTPUT
+# %%
 surrogates = {
     "score function": score_function,
     "IWAE": objectives.iwae_bound,
@@ -1151,6 +1176,9 @@ surrogates = {
     "DReG": objectives.dreg_surrogate,
     "wake-phi loss": objectives.wake_phi_loss,
 }
+
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-vi-surrogates", "caption": "For $K$ draws: the gap $\\log p(x) - \\mathcal{L}_K$ in nats, and the derivative in $\\mu$ that each surrogate has in expectation; all by Gauss–Hermite quadrature, without sampling error."}}
+# NBVAL_CHECK_OUTPUT
 exact, rows = {}, []
 for k in (1, 2, 3, 8):
     exact |= {(name, k): by_quadrature(s, k) for name, s in surrogates.items()}
@@ -1194,7 +1222,7 @@ plt.show()
 #
 # Does the objective matter for images? A study of this book trains one decoder on MNIST by three objectives: batches of 100, Adam at 0.001, two passes over the 60,000 images, the output bias at its default, no warm-up, three seeds. The numbers are annealed lower bounds of {doc}`chapter 6 </chapters/06_evaluation_hais>`, which do not depend on the encoder, on the first 100 test images. Differences are paired over images; the interval is Student's, over the three seeds.
 
-# %% mystnb={"table": {"name": "tab-vi-objectives", "caption": "Annealed lower bounds on $\\log p(x)$ of decoders trained by three objectives, and their differences, paired over the first 100 test images: mean over three seeds ± half the width of the 95 % t-interval over seeds, and the value of each seed. The published rows are of other networks, trainings and estimators."}}
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-vi-objectives", "caption": "Annealed lower bounds on $\\log p(x)$ of decoders trained by three objectives, and their differences, paired over the first 100 test images: mean over three seeds ± half the width of the 95 % t-interval over seeds, and the value of each seed. The published rows are of other networks, trainings and estimators."}}
 # NBVAL_CHECK_OUTPUT
 ends, rows = {}, []
 for row, runs in tables.load_study("vae_recap", "laptop").items():
@@ -1238,13 +1266,13 @@ markdown_table(["laptop runs", "nats per image", "seed by seed"], rows)
 
 
 # %%
-# NBVAL_CHECK_OUTPUT
 def full_gaussian(free):
     mean, log_scale, lower = free.split([32, 32, 32 * 32], dim=-1)
     lower = lower.unflatten(-1, (32, 32)).tril(-1)
     return MultivariateNormal(mean, scale_tril=log_scale.exp().diag_embed() + lower)
 
 
+# %%
 x_eval = x_test[torch.randperm(len(x_test))[:num_eval]]
 q_encoder, steps = encoder(x_eval), num_importance // 10
 bound = partial(elbo, vae, x=x_eval, num_samples=5)
@@ -1253,6 +1281,9 @@ free = climb(bound, free, steps, 0.02)[-1]
 q_diagonal = gaussian(free)
 free = torch.cat([free, free.new_zeros(num_eval, 32 * 32)], dim=-1)
 q_full = full_gaussian(climb(bound, free, steps, 0.02, full_gaussian)[-1])
+
+# %% tags=["hide-input"]
+# NBVAL_CHECK_OUTPUT
 weigh = partial(importance_log_weights, vae, q_full, x_eval, 100)
 log_w = torch.cat([weigh() for _ in range(num_importance // 100)])
 log_p = log_mean_exp(log_w, dim=0)

@@ -1213,7 +1213,7 @@ TABLE_1 = {  # row: label, and name of the published row
 
 labels = {row: label for row, (label, _) in TABLE_1.items()}
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-recipes", "caption": "The ten rows as options of the study `amc_table1`: method, encoder, steps $T$ of the teaching chain and their size $\\eta$."}}
 # NBVAL_CHECK_OUTPUT
 studies = experiments.load_studies()
 table = experiments.select(studies, "amc_table1", scale="laptop", seed=0)
@@ -1269,7 +1269,7 @@ for name in ("vae", "amc_cnn_g_t5"):
     decoder = train(name, images, train_steps)
     estimates[name] = evaluation.hais_ll(decoder, x_test[:num_images], **settings)
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-short", "caption": "Two decoders after a few updates: annealed estimate of $\\log p(x)$ in nats, mean ± standard error over test images, and mean effective number of the annealed chains; below, their difference paired over images."}}
 rows = []
 for name, found in estimates.items():
     rows.append((labels[name], found.summary, f"{found.ess.mean():.1f} of 4"))
@@ -1281,21 +1281,21 @@ markdown_table([f"this run, {train_steps} updates", "log p(x), AIS", "ESS"], row
 # %% [markdown]
 # The committed runs are longer: one pass over the 60,000 images at *laptop* scale, 2,000 passes at *full* scale, three seeds. {py:mod}`amortised.experiments` makes them; their settings were fixed before anything was evaluated.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-table1", "caption": "Table 1 of the source and our runs: annealed $\\log p(x)$ in nats, published (all 10,000 test images) and recorded (laptop: the first 100), mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: not recorded."}}
 # NBVAL_CHECK_OUTPUT
 study = tables.load_study("amc_table1", "laptop")
 annealed = {row["row"]: row["value"] for row in published}
 annealed = {row: annealed[name] for row, (_, name) in TABLE_1.items()}
 tables.study_table("amc_table1", labels, "ais_ll", annealed)
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-table1-pairs", "caption": "Differences of the annealed $\\log p(x)$ in nats: of the published values, and of our laptop runs, paired over images (mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds), and the mean of each seed."}}
 # NBVAL_CHECK_OUTPUT
 pairs = [(name, "vae") for name in list(TABLE_1)[1:]]
 pairs += [("amc_cnn_g_t50", "persistent_t50")]
 pairs += [(f"amc_{kind}_t50", f"amc_{kind}_t5") for kind in ("cnn_g", "cnn_b")]
 tables.paired_table(study, pairs, "ais_ll", labels, published=annealed)
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-table1-ess", "caption": "Laptop runs beside published values: importance-sampling estimates of $\\log p(x)$ in nats with the row's own $q$ and with one fitted afterwards, effective sample sizes, and the certificate, the gap of the annealed sandwich on simulated digits in nats. ± is the standard error over images."}}
 # NBVAL_CHECK_OUTPUT
 columns = {
     "IS-LL, own q": "is_ll",
@@ -1378,7 +1378,7 @@ plt.show()
 # %% [markdown]
 # Two scores for many imputations: the entropy of the labels of their nearest training images, high when they are diverse, and the $\ell_1$ distance to those neighbours per pixel, low when they look like digits {cite:p}`li2018implicit`. Read them together, and beside the reference: *more* diversity than the model's own conditional is an error, too.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": [{"name": "tab-amc-imputed-entropy", "caption": "Imputed lower halves: entropy in nats of the labels of the nearest training images, published (± as printed there) and recorded, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: not recorded."}, {"name": "tab-amc-imputed-l1", "caption": "The same for the $\\ell_1$ distance per pixel to the nearest training images."}]}
 # NBVAL_CHECK_OUTPUT
 names = {"vae": "VAE", "cnn_g": "CNN-G", "cnn_b": "CNN-B"}
 in_source = partial(load_published, "amc", table="Table 2")
@@ -1392,7 +1392,7 @@ for number, (column, title) in enumerate(scores.items()):
     columns = titles, metric, values
     display(tables.study_table("amc_imputation", *columns, decimals=3))
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-imputed-masks", "caption": "Laptop runs for four masks: entropy of the labels in nats and $\\ell_1$ distance per pixel, each beside its reference, the model's own conditional by long chains. ± is the standard error over images."}}
 # NBVAL_CHECK_OUTPUT
 scores, rows = tables.load_study("amc_imputation", "laptop"), []
 both = ("{}_", "reference_{}_")
@@ -1515,7 +1515,7 @@ plt.show()
 # *Middle.* At *equal passes* the rows with $T = 50$ stand highest, but each image has cost them 51 evaluations, the rows with $T = 5$ six and the VAE one. A fair comparison gives the VAE 51 evaluations as well. The linear model does so below. Among the recorded image runs there is none at 51: the VAE of chapter 6 has spent 120, more than twice as many (and is annealed with more temperatures), so its lead over the rows with $T = 50$ is not one at equal cost.
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-equal-evaluations", "caption": "The linear model after 51 evaluations for each image: how far the mean $\\log p(x)$ lies below the highest value of all runs, in nats. One run each."}}
 # NBVAL_CHECK_OUTPUT
 def below_best(curve, limit):
     return (best - curve[curve[:, 0] <= limit][-1, 1]).item()
@@ -1532,7 +1532,7 @@ display(markdown_table(header, rows))
 # %% [markdown]
 # The other half of the cost comes at test time. We count decoder gradients for one posterior sample of a new image, and the numbers kept.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-cost", "caption": "What a posterior draw for a new image costs in gradients of the decoder, and the size of what has to be kept for it, in megabytes."}}
 # NBVAL_CHECK_OUTPUT
 rows, decoder = [], network("vae")
 decoder.likelihood = counter = CallCounter(decoder.likelihood)
@@ -1550,7 +1550,7 @@ for name in ("vae", "mcmc_vi_t5", "amc_cnn_g_t50", "persistent_t50"):
     rows.append((labels[name], counter.points, megabytes))
 markdown_table(["a draw for a new image", "decoder gradients", "MB kept"], rows)
 
-# %% tags=["hide-input"]
+# %% tags=["hide-cell"] mystnb={"table": {"name": "tab-amc-runs", "caption": "Where the recorded numbers come from: files, commit, device, and minutes of wall time for a run, mean over seeds."}}
 # NBVAL_CHECK_OUTPUT
 tables.run_table(study, "amc_table1", labels)
 

@@ -29,12 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
 BOOK = Book.read()
 
-# Chapters that have still to be brought to these sizes; the list may only get shorter.
-TO_BE_FINISHED = {"01_vi_recap"}
-FINISHED = [path for path in CHAPTERS if path.stem not in TO_BE_FINISHED]
-
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
-each_finished_chapter = pytest.mark.parametrize("chapter", FINISHED, ids=lambda path: path.stem)
 
 
 # --- reading a chapter ---------------------------------------------------------------------------
@@ -178,16 +173,13 @@ def read_cells(chapter):
 def test_sizes(chapter):
     notebook = without_solutions(read_chapter(chapter))
     text = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
-    finished = chapter.stem not in TO_BE_FINISHED
-    assert (2_500 if finished else 1_500) <= sum(map(num_words, text)) <= 6_500
+    assert 2_500 <= sum(map(num_words, text)) <= 6_500
     _, shown = read_cells(chapter)
-    assert len(shown) >= 15
-    if finished:
-        assert len(shown) <= 40
-        assert statistics.median(map(num_lines, shown)) <= 10
+    assert 15 <= len(shown) <= 40
+    assert statistics.median(map(num_lines, shown)) <= 10
 
 
-@each_finished_chapter
+@each_chapter
 def test_code_fits_its_box(chapter):
     """Solutions and folded cells included: whoever unfolds them reads them too."""
     for cell in code_cells(read_chapter(chapter)):
@@ -197,15 +189,11 @@ def test_code_fits_its_box(chapter):
         assert not re.search(r"# *(noqa|fmt: *(skip|off))", cell.source), cell.source
 
 
-@each_finished_chapter
+@each_chapter
 def test_imports_are_folded(chapter):
     for cell in code_cells(read_chapter(chapter)):
         if re.match(r"(import|from) ", cell.source):
             assert "hide-input" in tags(cell), cell.source
-
-
-def test_list_of_chapters_to_be_finished_names_chapters():
-    assert {path.stem for path in CHAPTERS} >= TO_BE_FINISHED
 
 
 @each_chapter
