@@ -1026,12 +1026,14 @@ plt.show()
 # Two latents are too few for good digits, but a plane can be looked at, and integrated over. On a grid the evidence {eq}`eq-vi-evidence` is a sum.
 # That makes real images a case with a known answer: the gap of an encoder, exact up to the grid, is the divergence that one can see between the two distributions.
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-scan", "caption": "A two-dimensional latent space. Left: the decoder's mean image at each place. Right: for three test images, the exact posterior (green) on a grid and the encoder's Gaussian (orange), with $\\log p_\\theta(x)$ from the grid and the gap of the bound. Contours hold 50, 80 and 95 per cent of the mass."}, "image": {"alt": "Left, a square of digits that change shape smoothly from place to place. Right, three panels in which an orange ellipse more or less covers a green region; each title gives an evidence and a gap in nats."}}
+# %% tags=["hide-input"]
 line, ends = torch.linspace(-5, 5, 101, device=device), torch.tensor([-4, 4])
 grid = torch.cartesian_prod(line, line)[:, None]
 log_joint = torch.cat([flat_vae.log_joint(x_test[:3], z) for z in grid.split(100)])
 log_p, q_flat = log_joint.logsumexp(0) + 2 * math.log(0.1), flat_encoder(x_test[:3])
 gap = log_p - elbo(flat_vae, q_flat, x_test[:3], 500)
+
+# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-scan", "caption": "A two-dimensional latent space. Left: the decoder's mean image at each place. Right: for three test images, the exact posterior (green) on a grid and the encoder's Gaussian (orange), with $\\log p_\\theta(x)$ from the grid and the gap of the bound. Contours hold 50, 80 and 95 per cent of the mass."}, "image": {"alt": "Left, a square of digits that change shape smoothly from place to place. Right, three panels in which an orange ellipse more or less covers a green region; each title gives an evidence and a gap in nats."}}
 _, (scan, *panels) = plt.subplots(1, 4, figsize=(9, 3), width_ratios=(2, 1, 1, 1))
 z = torch.cartesian_prod(line[25:76:5].flip(0), line[25:76:5]).flip(-1)
 ink = plotting.mosaic(flat_vae.likelihood(z).mean, ncols=11, padding=0)
@@ -1192,12 +1194,14 @@ for name in ("score function", "IWAE", "STL"):  # the closed form, K = 1
     assert found.abs().max() < 1e-6, name
 markdown_table(["K", "gap of $L_K$", *[*surrogates][1:]], rows, 3)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-iwae", "caption": "Exact, by quadrature. Left: gap of $\\mathcal{L}_K$ and the dotted line $v / 2K$. Right: signal-to-noise ratio of a single estimate of the gradient: in the mean of $q$ for IWAE, STL and DReG, and, for the decoder, in its bias. Dotted: $1/\\sqrt{K}$ and $\\sqrt{K}$."}, "image": {"alt": "Left, a falling curve that approaches a straight line on logarithmic axes. Right, the ratio of the IWAE encoder falls with K, those of STL and of the decoder rise together, and that of DReG dips at two samples and then rises."}}
-figure, (left, right) = plt.subplots(1, 2, figsize=(7.0, 3.0))
+# %% tags=["hide-input"]
 ks = [1, 2, 3, 4, 6, 8]
 for k in (4, 6):
     for name in ("IWAE", "STL", "DReG"):
         exact[name, k] = by_quadrature(surrogates[name], k)
+
+# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-iwae", "caption": "Exact, by quadrature. Left: gap of $\\mathcal{L}_K$ and the dotted line $v / 2K$. Right: signal-to-noise ratio of a single estimate of the gradient: in the mean of $q$ for IWAE, STL and DReG, and, for the decoder, in its bias. Dotted: $1/\\sqrt{K}$ and $\\sqrt{K}$."}, "image": {"alt": "Left, a falling curve that approaches a straight line on logarithmic axes. Right, the ratio of the IWAE encoder falls with K, those of STL and of the decoder rise together, and that of DReG dips at two samples and then rises."}}
+figure, (left, right) = plt.subplots(1, 2, figsize=(7.0, 3.0))
 left.plot(ks, [log_p_one - exact["IWAE", k][0] for k in ks], "o-", label="gap")
 v = 0.81 / math.sqrt(0.5 * 1.12) * math.exp(0.45**2 / 1.12) - 1  # of w / p(x)
 left.plot(ks, [v / (2 * k) for k in ks], ":", color=plotting.GREY, label="$v / 2K$")
