@@ -109,6 +109,22 @@ def test_what_chapter_1_says_of_recorded_runs_is_so():
     assert len({estimate.mean > 0 for estimate in by_seed}) == 2
 
 
+def test_what_chapter_5_says_of_teachers_is_so():
+    recorded = tables.load_study("many_teachers", "laptop")
+    assert {len(runs) for runs in recorded.values()} == {3}
+    change = {row: tables.paired(recorded, row, "vae", "hais_ll") for row in recorded}
+    assert all(estimate.mean < -23 for estimate in change["langevin_t5"][1])
+    assert lead("many_teachers", "langevin_t50", "vae", "hais_ll") < -1
+    assert change["langevin_t50"][0].mean < -1
+    for row in ("mala_t5", "langevin_t5_short", "mala_t5_short"):
+        assert abs(change[row][0].mean) < 2 * change[row][0].image_se < 0.25
+    rates = {
+        row: tables.pool([run.per_image["teacher_acceptance_rate"] for run in recorded[row]]).mean
+        for row in ("mala_t5", "mala_t5_short")
+    }
+    assert rates["mala_t5"] < 1e-3 and 0.35 < rates["mala_t5_short"] < 0.45
+
+
 def test_what_chapter_5_says_of_recorded_runs_is_so():
     recorded = tables.load_study("amc_table1", "laptop")
     assert {len(runs) for runs in recorded.values()} == {3}
