@@ -44,7 +44,8 @@ from .recipes import ARCHITECTURES, RECIPES, Outcome, Run, training_examples
 from .training import FitResult, fit, half_cosine
 
 EXIT_FAILED, EXIT_USAGE, EXIT_OUT_OF_TIME = 1, 2, 3
-MOST_THREADS = max(64, os.cpu_count() or 1)  # PyTorch crashes where it cannot make so many
+#: PyTorch crashes where it cannot make so many.
+MOST_THREADS = max(64, os.cpu_count() or 1)
 HISTORY_LENGTH = 40  # means of the losses that a result keeps
 
 

@@ -151,6 +151,7 @@ class WarmUp(nn.Module):
         self.register_buffer("done", torch.zeros((), device=device))
 
     def forward(self) -> Tensor:
+        """The weight of the next update."""
         self.done.add_(1.0)
         return (self.done / self.num_calls).clamp(max=1.0)
 
