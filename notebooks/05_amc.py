@@ -696,7 +696,7 @@ def show_panels(shown, ncols, size, num_shown):
     figsize = (size * ncols, (size + 0.05) * rows)
     _, panels = plt.subplots(rows, ncols, sharex=True, sharey=True, figsize=figsize)
     for panel, (title, z) in zip(panels.flat, shown.items(), strict=True):
-        plotting.show_density(posterior, window, ax=panel, num_points=81)
+        plotting.show_density(posterior, window, ax=panel, num_points=61)
         panel.plot(*z[:num_shown].T, ".", color=ORANGE, ms=3, mew=0, alpha=0.6)
         panel.set_title(title, fontsize=8)
         panel.set(xlim=window[:2], ylim=window[2:], xlabel="$z_1$", ylabel="$z_2$")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributions import Independent, Normal
 
-from amortised import data, evaluation, recipes, runs
+from amortised import data, evaluation, recipes, results, runs
 from amortised import iterative as it
 from amortised.encoders import GaussianEncoder, bounded_log_scale
 from amortised.files import load_tree
@@ -415,9 +415,10 @@ def rows():
 @pytest.mark.usefixtures("data_sets")
 def test_a_row_is_trained_and_evaluated(experiment, tmp_path):
     config = experiment.config | TINY
-    folder = tmp_path / "runs/s/r"
-    spec = experiment._asdict() | {"config": config, "builds_on": None, "config_hash": ""}
+    spec = experiment._asdict() | {"config": config, "builds_on": None}
+    spec["config_hash"] = results.config_hash(config)
     del spec["needs"]
+    folder = tmp_path / runs.folder_name(spec)
     runs.write_json(folder / "run.json", spec)
     record = runs.execute(folder)
     assert record["status"] == "done" and record["details"]["steps"] == 4

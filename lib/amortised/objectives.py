@@ -321,7 +321,8 @@ def check_proposal(q: Distribution, x: Tensor) -> None:
         ...
     ValueError: q must be a distribution with a density; a Tensor is none
     """
-    has_parts = all(hasattr(q, name) for name in ("sample", "log_prob", "batch_shape"))
+    has_draws = hasattr(q, "sample") or hasattr(q, "rsample")
+    has_parts = has_draws and hasattr(q, "log_prob") and hasattr(q, "batch_shape")
     if not has_parts or type(q).log_prob is Distribution.log_prob:
         raise ValueError(f"q must be a distribution with a density; a {type(q).__name__} is none")
     if q.batch_shape != x.shape[:-1] or not x.numel():
