@@ -235,8 +235,9 @@ M = toy.weight.T @ toy.weight / 0.25 + torch.eye(2)
 optimum = toy.posterior(x_toy).mean
 at_prior = x_toy @ toy.weight / 0.25  # the gradient at mu = 0
 for name, read in {"x": x_toy, "gradient": at_prior}.items():
-    solution = torch.linalg.lstsq(read, optimum).solution
-    error = (read @ solution - optimum).abs().max()
+    read, wanted = read.double(), optimum.double()
+    solution = torch.linalg.lstsq(read, wanted).solution
+    error = (read @ solution - wanted).abs().max()
     print(f"from {name}: largest error below 1e-5: {bool(error < 1e-5)}")
 
 

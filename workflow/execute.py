@@ -85,7 +85,7 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def execute(source: Path, parameters: dict, partial: Path | None = None) -> nbformat.NotebookNode:
     """Run the chapter in a fresh kernel; raise :class:`PapermillExecutionError` if a cell fails."""
     short = tempfile.gettempdir() if len(tempfile.gettempdir()) <= LONGEST_TMPDIR else "/tmp"
-    for stale in Path(short).glob("amortised-*-*"):  # of a process that was killed
+    for stale in Path(short).glob("amortised-[0-9]*-*"):  # of a process that was killed
         if not is_running(int(stale.name.split("-")[1])):
             shutil.rmtree(stale, ignore_errors=True)
     prefix = f"amortised-{os.getpid()}-"
