@@ -25,8 +25,8 @@ def test_a_value_and_its_errors_do_not_break():
 def test_a_printed_table_becomes_a_directive_and_its_note_stays_below():
     text = compendium.captioned("| a |\n| :-- |\n| 1 |\n\nA note.", "tab-x", "What $a$ is.")
     head, _, rest = text.partition("\n\n")
-    assert head.splitlines() == ["``````{table} What $a$ is.", ":name: tab-x"]
-    assert rest == "| a |\n| :-- |\n| 1 |\n``````\n\nA note."
+    assert head.splitlines() == ["~~~~~~{table} What $a$ is.", ":name: tab-x"]
+    assert rest == "| a |\n| :-- |\n| 1 |\n~~~~~~\n\nA note."
 
 
 def test_tables_of_a_cell_take_their_captions_in_turn_and_one_without_is_an_error():

@@ -78,9 +78,12 @@ def unbroken(table: str) -> str:
 
 
 def captioned(table: str, name: str, caption: str) -> str:
-    """The directive that numbers a Markdown table; a note after the table stays below it."""
+    """The directive that numbers a Markdown table; a note after the table stays below it.
+
+    Its fence is of tildes: after one of backticks no code could stand in the caption.
+    """
     rows, _, note = unbroken(table).partition("\n\n")
-    return f"``````{{table}} {caption}\n:name: {name}\n\n{rows}\n``````\n\n{note}"
+    return f"~~~~~~{{table}} {caption}\n:name: {name}\n\n{rows}\n~~~~~~\n\n{note}"
 
 
 def number_tables(render_markdown):
