@@ -1287,7 +1287,8 @@ results.markdown_table(["encoder", *titles], rows)
 print(f"the model has P(x > 45) = {float((density[x_grid[:, 0] > 45]).sum()):.0e}")
 claim("pq is wrong there", errors["pq, before"][2].min() > 0.3)
 claim("the others are right", max(errors[name][2].max() for name in losses) < 0.3)
-claim("wake-φ alone loses a mode on usual x", errors["wake-φ, K = 10"][0].min() > 5)
+alone = errors["wake-φ, K = 10"][0]
+claim("wake-φ alone loses a mode on usual x", alone.min() > 5)
 claim("with pq beside it, it does not", errors["wake-φ and pq"][0].max() < 1)
 
 # %% [markdown]
@@ -1621,7 +1622,7 @@ print(f"K = 2: {expected_step(0.2, 0.7, 2):.4f}")
 # Why could you not have used `qp_loss` without writing more code?
 #
 # ~~~python
-# num_steps, batch_size = max(num_steps, 1000), max(batch_size, 400)  # enough to train
+# num_steps, batch_size = max(num_steps, 1000), max(batch_size, 400)  # enough
 # ~~~
 #
 # ~~~python

@@ -372,7 +372,7 @@ def grouped_by_step():
     shown = {"η = 0.2": {}, "η = 0.02": {}, "no chain": {}}
     for row in sorted(published, key=lambda row: row["value"]):
         name, value = row["row"], row["value"]
-        kinds = (kind for kind in shown if name.endswith(kind.replace("η = ", "=")))
+        kinds = (k for k in shown if name.endswith(k.replace("η = ", "=")))
         group = shown[next(kinds, "no chain")]
         group[name.split(" T=")[0].replace(" |", ",")] = value
     return shown
