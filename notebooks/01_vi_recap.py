@@ -47,13 +47,13 @@ from amortised import checks
 
 checks.parameters(
     globals(),
-    seed=checks.integer(minimum=0),
-    epochs=checks.integer(minimum=1),
+    seed=checks.integer(minimum=0, maximum=2**32 - 1),
+    epochs=checks.integer(minimum=1, maximum=1000),
     num_train=checks.integer(minimum=300, maximum=60_000),
     num_eval=checks.integer(minimum=3, maximum=100),
-    num_importance=checks.integer(minimum=100),
-    num_chains=checks.integer(minimum=50),
-    num_updates=checks.integer(minimum=11),
+    num_importance=checks.integer(minimum=100, maximum=100_000),
+    num_chains=checks.integer(minimum=50, maximum=20_000),
+    num_updates=checks.integer(minimum=11, maximum=20_000),
     device=checks.device(),
 )
 

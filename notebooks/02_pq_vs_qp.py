@@ -43,11 +43,11 @@ from amortised import checks, plotting, results
 
 checks.parameters(
     globals(),
-    seed=checks.integer(minimum=0),
+    seed=checks.integer(minimum=0, maximum=2**32 - 1),
     num_seeds=checks.integer(minimum=1, maximum=20),
-    num_steps=checks.integer(minimum=10),
-    batch_size=checks.integer(minimum=50),
-    num_draws=checks.integer(minimum=1000),
+    num_steps=checks.integer(minimum=10, maximum=100_000),
+    batch_size=checks.integer(minimum=50, maximum=20_000),
+    num_draws=checks.integer(minimum=1000, maximum=1_000_000),
 )
 
 # %% tags=["hide-input"]

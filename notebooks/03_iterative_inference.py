@@ -46,12 +46,12 @@ from amortised import checks
 
 checks.parameters(
     globals(),
-    seed=checks.integer(minimum=0),
-    num_images=checks.integer(minimum=20, maximum=10_000),
-    num_updates=checks.integer(minimum=5),
-    num_steps=checks.integer(minimum=20),
-    num_grid=checks.integer(minimum=11),
-    num_importance=checks.integer(minimum=100),
+    seed=checks.integer(minimum=0, maximum=2**32 - 1),
+    num_images=checks.integer(minimum=20, maximum=5000),
+    num_updates=checks.integer(minimum=5, maximum=100_000),
+    num_steps=checks.integer(minimum=20, maximum=2000),
+    num_grid=checks.integer(minimum=11, maximum=201),
+    num_importance=checks.integer(minimum=100, maximum=100_000),
     retrain=checks.boolean(),
 )
 

@@ -44,12 +44,12 @@ from amortised import checks
 
 checks.parameters(
     globals(),
-    seed=checks.integer(minimum=0),
-    num_draws=checks.integer(minimum=100),
-    num_updates=checks.integer(minimum=2),
-    num_paths=checks.integer(minimum=50),
+    seed=checks.integer(minimum=0, maximum=2**32 - 1),
+    num_draws=checks.integer(minimum=100, maximum=1_000_000),
+    num_updates=checks.integer(minimum=2, maximum=20_000),
+    num_paths=checks.integer(minimum=50, maximum=100_000),
     num_images=checks.integer(minimum=2, maximum=1000),
-    num_fits=checks.integer(minimum=2),
+    num_fits=checks.integer(minimum=2, maximum=20_000),
     device=checks.device(),
 )
 

@@ -45,18 +45,17 @@ retrain: bool = False  # train the decoders of Table 1 again: over an hour
 # %% tags=["hide-input"]
 from amortised import checks
 
-count = checks.integer(minimum=1)
 checks.parameters(
     globals(),
-    seed=checks.integer(minimum=0),
-    num_rounds=checks.integer(minimum=2),
-    num_students=checks.integer(minimum=2),
-    num_steps=checks.integer(minimum=2),
-    num_draws=checks.integer(minimum=100),
-    train_steps=count,
+    seed=checks.integer(minimum=0, maximum=2**32 - 1),
+    num_rounds=checks.integer(minimum=2, maximum=30),
+    num_students=checks.integer(minimum=2, maximum=100),
+    num_steps=checks.integer(minimum=2, maximum=100_000),
+    num_draws=checks.integer(minimum=100, maximum=100_000),
+    train_steps=checks.integer(minimum=1, maximum=100_000),
     num_images=checks.integer(minimum=2, maximum=10_000),
-    num_temperatures=count,
-    num_turns=count,
+    num_temperatures=checks.integer(minimum=1, maximum=100_000),
+    num_turns=checks.integer(minimum=1, maximum=10_000),
     retrain=checks.boolean(),
 )
 

@@ -43,14 +43,14 @@ from amortised import checks
 
 checks.parameters(
     globals(),
-    seed=checks.integer(minimum=0),
-    num_toy_runs=checks.integer(minimum=100),
+    seed=checks.integer(minimum=0, maximum=2**32 - 1),
+    num_toy_runs=checks.integer(minimum=100, maximum=50_000),
     num_images=checks.integer(minimum=2, maximum=10_000),
-    num_pairs=checks.integer(minimum=2),
-    num_chains=checks.integer(minimum=2),
-    num_temperatures=checks.integer(minimum=40),
-    num_leapfrog=checks.integer(minimum=1),
-    num_samples=checks.integer(minimum=10),
+    num_pairs=checks.integer(minimum=2, maximum=1000),
+    num_chains=checks.integer(minimum=2, maximum=1000),
+    num_temperatures=checks.integer(minimum=40, maximum=100_000),
+    num_leapfrog=checks.integer(minimum=1, maximum=20),
+    num_samples=checks.integer(minimum=10, maximum=20_000),
     num_control=checks.integer(minimum=100, maximum=10_000),
     device=checks.device(),
 )

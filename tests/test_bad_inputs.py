@@ -610,14 +610,17 @@ def root(tmp_path_factory):
 
 
 def refuses(capsys, main, words: str, *arguments: str) -> None:
-    """Exit code 2, these words on standard error, and nothing else has happened."""
+    """Exit code 2, these words on standard error, and nothing else has happened.
+
+    It is one line; only a file has below it a line for each of its faults.
+    """
     try:
         code = main(list(arguments))
     except SystemExit as error:  # of argparse
         code = error.code
     out, error = capsys.readouterr()
-    assert code == 2 and words in error and "Traceback" not in error, error
-    assert not out
+    assert code == 2 and words in error and not out, error
+    assert all(line.startswith("  ") for line in error.splitlines()[1:]), error
 
 
 COMMANDS = [

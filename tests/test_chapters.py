@@ -9,16 +9,19 @@ code is a line that is not blank.
 import ast
 import builtins
 import io
+import math
 import re
 import statistics
 import subprocess
 import sys
 import tokenize
+from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+import torch
 import yaml
 from coursework import HIDDEN, Book, exercises, filed, hidden_tests, without_solutions
 from execute import execute, read_chapter
@@ -47,6 +50,7 @@ def tags(cell) -> list[str]:
     return cell.metadata.get("tags", [])
 
 
+@cache
 def parameters_cell(chapter: Path) -> ast.Module:
     (cell,) = [cell for cell in read_chapter(chapter).cells if "parameters" in tags(cell)]
     return ast.parse(cell.source)
@@ -310,6 +314,69 @@ def test_two_smoke_runs_are_equal_to_the_byte(chapter, tmp_path):
         assert run.returncode == 0, printed
     first, second = (output.read_bytes() for output in outputs)
     assert first == second
+
+
+VALUES = {  # by the annotation of a parameter, what none of that kind may be
+    "int": (-1, 10**18, 2.5, "3", None, True, math.nan),
+    "float": (math.nan, math.inf, "0.5", None, True),
+    "bool": (0, 1, "yes", None),
+    "str": ("gpu0", "", None, 0),
+}
+
+
+@cache
+def first_cells(chapter: Path) -> list[str]:
+    return [cell.source for cell in code_cells(read_chapter(chapter))[:2]]
+
+
+def check_parameters(chapter: Path, **values) -> None:
+    """Run the cells with the parameters and with their check, and set values in between."""
+    given, check = first_cells(chapter)
+    space = {}
+    exec(given, space)
+    exec(check, space | values)
+
+
+@pytest.mark.parametrize(
+    ("chapter", "name"),
+    [(path, name) for path in CHAPTERS for name in parameters_of(path)],
+    ids=lambda value: value.stem if isinstance(value, Path) else value,
+)
+def test_each_parameter_is_refused_by_name_value_and_range(chapter, name):
+    kind = parameters_of(chapter)[name]
+    most = 2**32 if name == "seed" else 10**9  # a size of 10^9 would fit no memory, or take years
+    for value in (*VALUES[kind], *([most] if kind == "int" else [])):
+        with pytest.raises(ValueError) as refused:
+            check_parameters(chapter, **{name: value})
+        message = str(refused.value)
+        assert message.startswith(f"parameter {name} = {value!r}: must be "), message
+        assert "\n" not in message
+        assert kind != "int" or ("at least" in message and "at most" in message), message
+
+
+@each_chapter
+def test_parameters_of_every_size_are_accepted(chapter, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_parameters(chapter, seed=2**32 - 1)
+    for size in ("smoke", "full"):
+        path = chapter.parent / "params" / f"{chapter.stem}.{size}.yaml"
+        check_parameters(chapter, **yaml.safe_load(path.read_text()))
+
+
+def test_a_refused_parameter_is_one_line_and_exit_code_two(tmp_path):
+    bad, out = tmp_path / "bad.yaml", tmp_path / "out.ipynb"
+    bad.write_text("seed: 4294967296\n", encoding="utf-8")
+    command = [sys.executable, ROOT / "workflow/execute.py", CHAPTERS[0], out]
+    done = subprocess.run(
+        [*command, "--parameters", bad],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = "parameter seed = 4294967296: must be an integer, at least 0 and at most 4294967295\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    assert not out.exists()
 
 
 def bad_parameters(chapter: Path) -> dict[str, object]:

@@ -286,10 +286,12 @@ def test_the_command_line_refuses_in_one_line(root, capsys, command, message):
 
 
 @pytest.mark.parametrize("command", [["run"], ["runn"], [*RUN, "--seed=x"], [*RUN, "--epochs=3"]])
-def test_the_command_line_shows_its_usage(root, capsys, command):
-    with pytest.raises(SystemExit) as error:
+def test_the_command_line_says_what_is_wrong_with_its_arguments_in_one_line(root, capsys, command):
+    with pytest.raises(SystemExit) as ended:
         root.main(*command)
-    assert error.value.code == 2 and "usage:" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and "--help lists" in error
+    assert error.startswith("python -m amortised.experiments")
 
 
 def test_a_bad_file_is_refused_on_the_command_line(root, capsys):

@@ -16,7 +16,6 @@ and a ratio is taken within a round. The unit is the time per chain and leapfrog
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import statistics
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from amortised import results
 from amortised.ais import AISSettings, AnnealedPath, ais, linear_schedule, log_prob_and_grad
+from amortised.commands import Parser
 from amortised.fast import LogLikelihoodAndGrad, log_likelihood_and_grad
 from amortised.mcmc import leapfrog
 from amortised.models import ConvBernoulli
@@ -184,7 +184,7 @@ def compare(device: torch.device, num_rounds: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--device", default="cpu", choices=ROUTES)
     arguments = parser.parse_args()

@@ -10,7 +10,6 @@ others run it on the faster route of ``amortised.fast``, on CUDA inside a graph 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 from bench import seconds
 
 from amortised import data, experiments, recipes, results
+from amortised.commands import Parser
 from amortised.cuda import CapturedFunction
 from amortised.numerics import argument_validation
 
@@ -51,7 +51,7 @@ def make_step(row: str, device: torch.device, plain: bool = False, **changes: st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cpu", choices=CONTESTANTS)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=7)

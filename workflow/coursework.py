@@ -11,7 +11,6 @@ its hint, the cells of its solution say in ``nbgrader`` what they are worth, and
 at the parameters of the smoke size, in nbgrader's metadata and in plain Markdown.
 """
 
-import argparse
 import ast
 import hashlib
 import re
@@ -24,6 +23,8 @@ import yaml
 from environment import ROOT
 from execute import clean, read_chapter, write_text
 from plain import Page, page_titles, targets
+
+from amortised.commands import Parser
 
 HIDDEN = ROOT / "tests" / "hidden_tests"
 PIECE = re.compile(
@@ -384,7 +385,7 @@ def write(folder: Path, stems: Iterable[str], hidden: list[Path]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--hidden", type=Path, action="append", default=[], help="an overlay")
     parser.add_argument("--chapter", action="append", default=[], help="default: all")

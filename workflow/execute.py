@@ -4,14 +4,13 @@
     python workflow/execute.py notebooks/01_vi_recap.py out.ipynb       # somewhere else
     python workflow/execute.py notebooks/01_vi_recap.py out.ipynb --parameters smoke.yaml
 
-What cannot be (a file of parameters that is none, a folder that is missing) ends it with one line
-and exit code 2, before the chapter runs. The .py file is what runs; the .ipynb beside it is only
-ever written. The result appears under its name when it is complete, free of times and paths, so
-that two runs on one machine are equal to the byte. If a cell fails, its error is printed and the
-notebook up to there is kept in .cache/failed.
+What cannot be (a file of parameters that is none, a folder that is missing, a value that the
+chapter refuses) ends it with one line and exit code 2, before the chapter does any work. The .py
+file is what runs; the .ipynb beside it is only ever written. The result appears under its name when
+it is complete, free of times and paths, so that two runs on one machine are equal to the byte. If a
+cell fails, its error is printed and the notebook up to there is kept in .cache/failed.
 """
 
-import argparse
 import json
 import keyword
 import os
@@ -32,6 +31,8 @@ from nbclient.exceptions import DeadKernelError
 from nbstripout import strip_output
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
+
+from amortised.commands import Parser
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 
@@ -163,7 +164,7 @@ def check_places(source: Path, *outputs: Path | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="a chapter, notebooks/NN_slug.py")
     parser.add_argument("output", type=Path, nargs="?", help="default: the .ipynb beside it")
     parser.add_argument("--parameters", type=Path, help="a YAML file of parameters")
@@ -191,6 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             notebook = execute(source, parameters, failed)
         except PapermillExecutionError as error:
+            if "checks.parameters(" in error.source:  # refused before any work
+                print(error.evalue, file=sys.stderr)
+                return 2
             print(f"{source.stem}: failed in cell [{error.exec_count}], kept in {failed}")
             traceback = "\n".join(error.traceback)
             print(traceback if sys.stdout.isatty() else re.sub(r"\x1b\[[\d;]*m", "", traceback))

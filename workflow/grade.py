@@ -31,6 +31,8 @@ from environment import ROOT
 from execute import KERNEL_ENVIRONMENT
 from rebuild import likeness, plain, rebuild
 
+from amortised.commands import Parser
+
 REFERENCE = "the-reference-answers"  # the student who hands in the solutions
 CELL_SECONDS, NOTEBOOK_SECONDS = 60, 240
 TICK = re.compile("^✓", re.MULTILINE)
@@ -352,7 +354,7 @@ def write(table: list[Line], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("submissions", type=Path)
     parser.add_argument("coursework", type=Path)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)

@@ -6,7 +6,6 @@ label may exist once in a book, so all labels of the copy are renamed: ``fig-vi-
 README. What is left is to write it.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 from environment import ROOT
 from execute import read_chapter
 from plain import heading, targets
+
+from amortised.commands import Parser
 
 FILES = [
     "notebooks/{}.py",
@@ -94,7 +95,7 @@ def make(root: Path, origin: str, stem: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("origin", help="the chapter to begin from")
     parser.add_argument("stem", help="the name of the new one: NN_slug")
     arguments = parser.parse_args()

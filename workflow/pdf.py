@@ -5,7 +5,6 @@ rest, each link between pages a link within the document. Chromium prints it wit
 bookmarks. --card writes the picture that previews of links show, book/_static/card.jpg.
 """
 
-import argparse
 import functools
 import http.server
 import re
@@ -13,6 +12,8 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+
+from amortised.commands import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "book" / "_build" / "html"
@@ -101,7 +102,7 @@ def draw_card(browser, address: str, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     default = ROOT / "book" / "_build" / "amortised-inference.pdf"
     parser.add_argument("output", type=Path, nargs="?", default=default)
     parser.add_argument("--site", type=Path, default=SITE)

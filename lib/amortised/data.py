@@ -18,7 +18,6 @@ The loaders need neither pydantic nor pooch: the first checks the registry's for
 From a shell: ``python -m amortised.data list``, ``fetch NAME`` and ``verify [NAME]``.
 """
 
-import argparse
 import gzip
 import hashlib
 import lzma
@@ -37,6 +36,7 @@ from typing import IO, NamedTuple
 import numpy as np
 import torch
 
+from .commands import Parser
 from .files import atomic_write
 
 #: Splits of MNIST: the file an image comes from and its rows there.
@@ -631,7 +631,7 @@ def main(arguments: list[str] | None = None) -> int:
     mnist         embedded  11.6 MB  CC BY-SA 3.0...
     0
     """
-    parser = argparse.ArgumentParser("python -m amortised.data", description="The data sets.")
+    parser = Parser("python -m amortised.data", description="The data sets.")
     parser.add_argument("command", choices=["list", "fetch", "verify"])
     parser.add_argument("names", nargs="*", metavar="NAME", help="data sets; by default all")
     options = parser.parse_args(arguments)

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import data, results, runs
+from .commands import Parser
 from .evaluation import load_module
 from .files import LockedError, OutOfTimeError, atomic_write, load_tree, lock
 from .schemas import FormatError
@@ -270,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m amortised.experiments",
         description="Run the studies of the book and keep what they find in data/results.",
     )

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from . import checks, files, results
+from .commands import Parser
 from .cuda import CapturedFunction
 from .files import LockedError, OutOfTimeError, Work
 from .numerics import argument_validation, seeded
@@ -275,7 +276,7 @@ def _finish(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m amortised.runs FOLDER``; see the head of this module."""
-    parser = argparse.ArgumentParser(prog="python -m amortised.runs", description="Work on a run.")
+    parser = Parser(prog="python -m amortised.runs", description="Work on a run.")
     parser.add_argument("folder", type=Path, help="holds run.json")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
     parser.add_argument("--training-only", action="store_true", help="stop at the weights")
