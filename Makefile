@@ -29,7 +29,7 @@ among = $(if $(strip $($(1))),,$(error $(1) is empty; choose among: $(2)))$(fore
 
 unexport PYTHONPATH PYTHONHOME
 .DEFAULT_GOAL := help
-.PHONY: help book test site chapters notebooks smoke laptop full lab coursework grade chapter \
+.PHONY: help book test soak site chapters notebooks smoke laptop full lab coursework grade chapter \
 	bench lock clean environment pdf times
 
 help: ## list the targets
@@ -61,6 +61,9 @@ notebooks: environment ## write their outputs into the committed pairs; NB=01_vi
 		cp book/chapters/$$name.ipynb notebooks/.$$name.new && \
 		mv notebooks/.$$name.new notebooks/$$name.ipynb && echo "updated notebooks/$$name.ipynb"; }; \
 	done
+
+soak: environment ## kill 200 processes at random moments and compare what they leave, in minutes
+	@$(PYTEST) --quiet -m soak tests/test_runs.py tests/test_training.py
 
 smoke: environment ## execute the chapters with params/*.smoke.yaml, into book/_build/smoke
 	@$(SNAKEMAKE) smoke

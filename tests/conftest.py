@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from amortised import data
+from tiny import KILLS, SEED
 
 torch.set_num_threads(1)  # as in the processes that tests start: more threads round otherwise
 
@@ -22,3 +23,11 @@ def mnist_is_read_once():
         for name in ("load_mnist", "load_mnist_binary"):
             patch.setattr(data, name, cache(getattr(data, name)))
         yield
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line on the processes that were killed: a test fails where one left its trace."""
+    if KILLS:
+        counts = ", ".join(f"{count} {name}" for name, count in sorted(KILLS.items()))
+        failed = len(terminalreporter.stats.get("failed", []))
+        terminalreporter.write_line(f"kills, seed {SEED}: {counts}; tests that failed: {failed}")

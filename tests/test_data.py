@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -207,7 +208,8 @@ def test_loaders_need_neither_network_nor_what_a_training_machine_lacks():
         data.load_mnist("test"), data.load_mnist_binary("valid_400"), data.fetch("mnist")
         data.digests("mnist", "mnist_static"), results.load_published("amc")
         ours = {name for name in sys.modules if name.startswith("amortised.")}
-        assert ours == {"amortised.data", "amortised.files", "amortised.results"}, ours
+        needed = {"commands", "data", "files", "results"}
+        assert ours == {f"amortised.{name}" for name in needed}, ours
     """)
 
 
@@ -482,6 +484,50 @@ def test_cache_folder_that_cannot_be_made(toy, monkeypatch, tmp_path):
 def test_without_pooch_the_message_says_what_to_do(toy, monkeypatch):
     monkeypatch.setitem(sys.modules, "pooch", None)
     refused(r"(?s)pip install pooch.*put it into a folder toy/")
+
+
+FETCHING = """
+import functools, sys
+from pathlib import Path
+from amortised import data
+from amortised.commands import command
+
+data.data_folder = lambda: Path(sys.argv[1])
+command(functools.partial(data.main, ["fetch", "toy"]))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_killed_download_left_goes_with_the_next_and_that_of_a_living_one_stays(
+    toy, server, tmp_path, monkeypatch, how
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    begun, ended = threading.Event(), threading.Event()
+
+    def hang(handler):
+        handler.send(CONTENT[:50_000], len(CONTENT))
+        begun.set()
+        ended.wait(60)
+
+    server.answers["/a.bin"] = hang
+    command = [sys.executable, "-c", FETCHING, toy]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert begun.wait(60)
+        (scratch,) = (tmp_path / "cache/toy").iterdir()  # before it has its bytes
+        server.answers["/a.bin"] = CONTENT
+        assert data.fetch("toy")["a.bin"].read_bytes() == CONTENT
+        assert scratch.is_dir()  # it is at work
+        process.send_signal(how)
+        error = process.communicate()[1]
+        ended.set()
+    if how == signal.SIGTERM:
+        assert process.returncode == 130 and "Traceback" not in error
+        assert error.splitlines()[-1] == "stopped; the same command goes on from here"
+    else:
+        assert process.returncode == -signal.SIGKILL and scratch.is_dir()
+        (tmp_path / "cache/toy/a.bin").unlink()
+        data.fetch("toy")
+    assert cached(tmp_path) == ["a.bin"] and not scratch.exists()
 
 
 def test_file_without_a_published_digest_keeps_that_of_its_first_download(

@@ -1,7 +1,8 @@
 """Runs survive whatever happens to them: killed, stopped, short of disk, two at once.
 
 Each is a real process, forked from a server that has imported torch and read MNIST once and has
-only what a machine that trains needs: what a run imports is tested all along.
+only what a machine that trains needs: what a run imports is tested all along. Another such server
+records results and executes chapters, which are killed as well.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,22 +29,27 @@ from safetensors.torch import load_file
 
 from amortised import data, results, runs
 from amortised.files import load_tree
-from tiny import INTERVAL, NUM_STEPS, OPTIONS, Root
+from tiny import INTERVAL, KILLS, NUM_STEPS, OPTIONS, SEED, Root
 
 pytestmark = pytest.mark.usefixtures("mnist_is_read_once")
 
+WORKFLOW = Path(__file__).resolve().parents[1] / "workflow"
 NOT_NEEDED = "pydantic yaml pooch matplotlib scipy pandas PIL jupyter IPython nbformat snakemake"
 SERVER = textwrap.dedent(
     """
-    import json, os, signal, sys, time, traceback
-    from functools import cache
+    import json, os, signal, sys, tempfile, time, traceback
+    from functools import cache, partial
+    from importlib import import_module
+    from pathlib import Path
 
     for name in sys.argv[1].split():
         sys.modules[name] = None  # an import of it is an ImportError
 
     import torch
     from amortised import data, files, results, runs, training
+    from amortised.commands import command
 
+    programs = {name: import_module(name) for name in sys.argv[2].split()}
     torch.set_num_threads(1)
     for name in ("load_mnist", "load_mnist_binary"):
         setattr(data, name, cache(getattr(data, name)))
@@ -61,7 +69,7 @@ SERVER = textwrap.dedent(
                     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
                     os.dup2(os.open(request[name], flags), number)
                 exec(request["before"])
-                code = runs.main(request["arguments"])
+                command(partial(programs[request["program"]].main, request["arguments"]))
             except SystemExit as error:
                 code = error.code
             except BaseException:
@@ -113,31 +121,35 @@ class Ended(NamedTuple):
 
 
 class Workers:
-    """Starts runs, one after the other, and tells how they ended."""
+    """Starts processes, one after the other, and tells how they ended."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, not_needed: str, programs: str):
         self.folder = folder
+        path = os.pathsep.join(filter(None, (str(WORKFLOW), os.environ.get("PYTHONPATH"))))
         self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, NOT_NEEDED],
+            [sys.executable, "-c", SERVER, not_needed, programs],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         )
         assert self.server.stdout.readline() == "ready\n"
         self.is_busy = False
 
     def start(self, folder: Path, *options: str, before: str = "", seconds: float = 0.0) -> Path:
-        """Begin; the file of the returned name has a byte for each step that was made."""
+        """Begin a run; the file of the returned name has a byte for each step that was made."""
         log = folder.parent / f"{folder.name}.steps"
-        request = {"arguments": [str(folder), *options]}
-        request["before"] = COUNTED.format(log=str(log), seconds=seconds) + before
+        counted = COUNTED.format(log=str(log), seconds=seconds)
+        self.begin("amortised.runs", folder, *options, before=counted + before)
+        return log
+
+    def begin(self, program: str, *arguments: str | Path, before: str = "") -> None:
+        request = {"program": program, "arguments": list(map(str, arguments)), "before": before}
         request |= {name: str(self.folder / name) for name in ("out", "err")}
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         self.process = int(self.server.stdout.readline())
         self.is_busy = True
-        return log
 
     def wait(self) -> Ended:
         code = int(self.server.stdout.readline())
@@ -153,13 +165,17 @@ class Workers:
         self.start(folder, *options, **settings)
         return self.wait()
 
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.wait()
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Workers(tmp_path_factory.mktemp("workers"))
-    yield server
-    server.server.stdin.close()
-    server.server.wait()
+    with contextlib.closing(
+        Workers(tmp_path_factory.mktemp("workers"), NOT_NEEDED, "amortised.runs")
+    ) as server:
+        yield server
 
 
 @pytest.fixture
@@ -168,6 +184,14 @@ def workers(server):
     yield server
     if server.is_busy:
         server.kill()
+
+
+@pytest.fixture(scope="module")
+def other_workers(tmp_path_factory):
+    """A server with all packages, which records and executes chapters."""
+    programs = "amortised.experiments execute"
+    with contextlib.closing(Workers(tmp_path_factory.mktemp("others"), "", programs)) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -253,34 +277,147 @@ def test_the_global_stream_is_left_alone_and_another_seed_is_another_run(whole, 
 
 # --- killed --------------------------------------------------------------------------------------
 
-SOAK = [pytest.param(row, 34, marks=pytest.mark.soak) for row in ("vae", "amc", "persistent")]
+SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
 
-@pytest.mark.parametrize(("row", "num_kills"), [("vae", 3), *SOAK])
+def soak(*table: tuple) -> list:
+    return [pytest.param(*row, marks=pytest.mark.soak) for row in table]
+
+
+def killed_until_done(workers, start, moment, moments, num_kills: int) -> int:
+    """Start it and kill it at a moment of each life, at most so many times, until it is done.
+
+    :return: how often it was killed.
+    """
+    lost, code = 0, None
+    while code != 0:
+        begun = start()
+        if lost == num_kills:
+            ended = workers.wait()
+        else:
+            moment(begun)
+            how = moments.choice(SIGNALS)
+            ended = workers.kill(how)
+            lost += ended.code != 0
+            KILLS[how.name] += ended.code != 0
+        code = ended.code
+        assert code in (0, 130, *(-number for number in SIGNALS)), ended
+        assert "Traceback" not in ended.err, ended
+    return lost
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("row", "num_kills"), [("vae", 3), *soak(("vae", 20), ("amc", 20), ("persistent", 12))]
+)
 def test_killed_at_random_moments(workers, whole, tmp_path, row, num_kills):
-    moments, (expected, seconds) = random.Random(0), whole(row)
+    moments, (expected, seconds) = random.Random(SEED), whole(row)
     kills, stages = 0, set()
     while kills < num_kills:
         folder = Root(tmp_path / str(kills)).write().prepared(row=row)
-        code, lost = None, 0
-        while code != 0:
-            log = workers.start(folder, seconds=0.02 if kills == 0 else 0.0)
-            if kills == 0:  # this one falls into the training, however busy the machine is
+
+        def moment(log: Path, folder=folder) -> None:
+            if not stages:  # the first kill falls into the training, however busy the machine is
                 step = moments.randint(3, NUM_STEPS // 2)
-                wait_for(lambda log=log, step=step: log.exists() and log.stat().st_size >= step)
-            elif kills < num_kills:
-                time.sleep(moments.uniform(0, seconds / 2))
-            if kills < num_kills:
-                code = workers.kill().code
-                kills, lost = kills + (code != 0), lost + (code != 0)
-                stages |= {path.name.split("-")[0] for path in folder.glob("*.stage")}
+                wait_for(lambda: log.exists() and log.stat().st_size >= step)
             else:
-                code = workers.wait().code
-            assert code in (0, -signal.SIGKILL)
+                time.sleep(moments.uniform(0, seconds / 2))
+            stages.update(path.name.split("-")[0] for path in folder.glob("*.stage"))
+
+        start = partial(workers.start, folder, seconds=0.02 if kills == 0 else 0.0)
+        lost = killed_until_done(workers, start, moment, moments, num_kills - kills)
+        kills += lost
         # Each kill loses the steps since the last checkpoint, and that which is being written.
         assert 0 <= steps_of(folder) - NUM_STEPS <= 2 * INTERVAL * lost
         assert_same(folder, expected)
+        KILLS["runs"] += lost
     assert "training" in stages
+
+
+SLOW = """
+real_replace = os.replace
+def replace(*paths):
+    time.sleep(0.02)
+    real_replace(*paths)
+    time.sleep(0.02)
+os.replace = replace
+"""  # or nearly all kills would fall before or after it
+
+
+@pytest.mark.parametrize("num_kills", [2, *soak((24,))])
+def test_killed_while_a_result_is_recorded(other_workers, whole, tmp_path, num_kills):
+    moments, kills, root = random.Random(SEED), 0, Root(whole()[0].parents[2])
+    record = ("record", "small", "vae", "--seed", "0")
+    expected = Root(tmp_path / "whole")
+    shutil.copytree(root.folder, expected.folder)
+    assert expected.main(*record) == 0
+    while kills < num_kills:
+        copy = tmp_path / str(kills)
+        shutil.copytree(root.folder, copy)
+        where = ("--file", copy / "studies.yaml", "--root", copy)
+        start = partial(other_workers.begin, "amortised.experiments", *where, *record, before=SLOW)
+        arguments = (lambda _: time.sleep(moments.uniform(0, 0.4)), moments, num_kills - kills)
+        lost = killed_until_done(other_workers, start, *arguments)
+        assert tree(copy) == tree(expected.folder)
+        kills, KILLS["records"] = kills + lost, KILLS["records"] + lost
+
+
+CHAPTER = (
+    """# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %%
+import random, time
+"""
+    + 4
+    * """
+# %%
+time.sleep(0.05)
+random.seed(3), print(random.random())
+"""
+)
+OWN_FOLDERS = """
+programs["execute"].CACHE = Path({0!r}, "cache")
+tempfile.tempdir = {0!r}
+"""
+
+
+@pytest.mark.parametrize("num_kills", [1, *soak((24,))])
+def test_killed_while_a_chapter_is_executed(other_workers, tmp_path, num_kills):
+    moments, kills, source = random.Random(SEED), 0, tmp_path / "a.py"
+    source.write_text(CHAPTER, encoding="utf-8")
+
+    def begin(folder: Path) -> None:
+        before = OWN_FOLDERS.format(str(folder))
+        other_workers.begin("execute", source, folder / "a.ipynb", before=before)
+
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="kills") as short:  # sockets' names are
+        started = time.monotonic()
+        expected = Path(short, "whole")
+        expected.mkdir()
+        begin(expected)
+        assert other_workers.wait().code == 0
+        seconds = time.monotonic() - started
+        assert "a.ipynb" in tree(expected) and not list(expected.glob("amortised-*"))
+        while kills < num_kills:
+            folder = Path(short, str(kills))
+            folder.mkdir()
+            arguments = (lambda _: time.sleep(moments.uniform(0, seconds)), moments)
+            start = partial(begin, folder)
+            lost = killed_until_done(other_workers, start, *arguments, num_kills - kills)
+            found = tree(folder).items()  # the name of the lock tells the folder
+            assert {n.replace(f"-{folder.name}-", "-whole-"): c for n, c in found} == tree(expected)
+            assert {path.name for path in folder.iterdir()} == {"a.ipynb", "cache"}
+            kills, KILLS["chapters"] = kills + lost, KILLS["chapters"] + lost
 
 
 def test_killed_before_each_of_its_files_has_its_name(workers, whole, folder):

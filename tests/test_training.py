@@ -19,6 +19,7 @@ from torch import nn
 from amortised import training
 from amortised.files import DamagedFileError, OutOfTimeError, Work, load_tree
 from amortised.training import NonFiniteError, cosine_decay, fit, gradient_step, half_cosine
+from tiny import KILLS, SEED
 
 NUM_STEPS = 15
 FEWEST = {1: 20, 2: 7, 3: 4, 5: 1}  # checkpoints, at least, for one every so many steps
@@ -301,7 +302,7 @@ def momentum_by_hand(folder: Path, work: Work, seconds: float) -> None:
 
 @pytest.mark.parametrize("num_kills", [3, pytest.param(100, marks=pytest.mark.soak)])
 def test_killed_at_random_moments(tmp_path, num_kills):
-    moments, kills = random.Random(0), 0
+    moments, kills = random.Random(SEED), 0
     (tmp_path / "whole").mkdir()
     started = time.monotonic()
     momentum_by_hand(tmp_path / "whole", Work(tmp_path / "whole"), 0.001)
@@ -319,6 +320,7 @@ def test_killed_at_random_moments(tmp_path, num_kills):
                 os.kill(process, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
             kills, lost = kills + (code != 0), lost + (code != 0)
+        KILLS["SIGKILL"], KILLS["trainings"] = KILLS["SIGKILL"] + lost, KILLS["trainings"] + lost
         found = load_tree(folder / CHECKPOINT)
         for name in ("weight", "velocity"):
             assert torch.equal(found["state"][name], expected["state"][name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ STUDIES = {
     },
 }
 NUM_STEPS, INTERVAL = 20, 1  # of a training, and between its checkpoints
+KILLS, SEED = Counter(), 0  # processes that were killed, by signal and by kind; of their moments
 
 
 def changed(changes: dict | None = None) -> dict:

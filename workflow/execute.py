@@ -15,8 +15,6 @@ import json
 import keyword
 import os
 import re
-import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -32,7 +30,7 @@ from nbstripout import strip_output
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from amortised.commands import Parser
+from amortised.commands import Parser, command, tidy
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 
@@ -86,10 +84,7 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def execute(source: Path, parameters: dict, partial: Path | None = None) -> nbformat.NotebookNode:
     """Run the chapter in a fresh kernel; raise :class:`PapermillExecutionError` if a cell fails."""
     short = tempfile.gettempdir() if len(tempfile.gettempdir()) <= LONGEST_TMPDIR else "/tmp"
-    for stale in Path(short).glob("amortised-[0-9]*-*"):  # of a process that was killed
-        if not is_running(int(stale.name.split("-")[1])):
-            shutil.rmtree(stale, ignore_errors=True)
-    prefix = f"amortised-{os.getpid()}-"
+    prefix = tidy(Path(short), "amortised-")
     with tempfile.TemporaryDirectory(dir=short, prefix=prefix) as scratch:
         # Sockets in files of our own: two kernels that start together cannot race for one port.
         files = {"connection_file": f"{scratch}/kernel.json"}
@@ -111,16 +106,6 @@ def execute(source: Path, parameters: dict, partial: Path | None = None) -> nbfo
             if "parameters" in cell.metadata.tags:
                 cell.metadata.tags.append("remove-cell")
     return clean(notebook)
-
-
-def is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -216,5 +201,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    command(main)

@@ -26,6 +26,7 @@ import os
 import shlex
 import sys
 import tarfile
+import tempfile
 import tomllib
 import zlib
 from collections import Counter
@@ -36,7 +37,7 @@ from typing import IO, NamedTuple
 import numpy as np
 import torch
 
-from .commands import Parser
+from .commands import Parser, command, stop, tidy
 from .files import atomic_write
 
 #: Splits of MNIST: the file an image comes from and its rows there.
@@ -325,11 +326,10 @@ def _download(file: _File, retries: int = 2) -> Path:
         try:
             import pooch
 
-            name = file.archive["name"] if file.archive else file.name
-            known = {name: file.archive["sha256"] if file.archive else file.sha256}
-            source = pooch.create(folder, address, registry=known, retry_if_failed=retries)
-            downloader = pooch.HTTPDownloader(sys.stderr.isatty(), chunk_size=2**18, timeout=30)
-            path = Path(source.fetch(name, downloader=downloader))
+            wanted = file.archive or {"name": file.name, "sha256": file.sha256}
+            path = folder / wanted["name"]
+            if not (path.is_file() and pooch.file_hash(path) == wanted["sha256"]):
+                _download_from(address, path, wanted["sha256"], retries)
             if file.archive:
                 with tarfile.open(path) as packed:
                     member = packed.extractfile(f"{file.archive['folder']}/{file.name}")
@@ -347,6 +347,20 @@ def _download(file: _File, retries: int = 2) -> Path:
         f"install pooch`) and room in {folder} (AMORTISED_CACHE_DIR names another folder), "
         f"or put it into a folder {file.dataset}/ and name the one above it in AMORTISED_DATA_DIR."
     )
+
+
+def _download_from(address: str, path: Path, sha256: str | None, retries: int) -> None:
+    """Download one file from one address; until it is complete and right it lies in a folder of its
+    own, and those of processes that were killed are removed."""
+    import pooch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = tidy(path.parent, f".download-{os.uname().nodename}-")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=own) as scratch:
+        known = {path.name: sha256}
+        source = pooch.create(scratch, address, registry=known, retry_if_failed=retries)
+        downloader = pooch.HTTPDownloader(sys.stderr.isatty(), chunk_size=2**18, timeout=30)
+        os.replace(source.fetch(path.name, downloader=downloader), path)
 
 
 # ------------------------------------------------------------------------------------------- MNIST
@@ -648,8 +662,7 @@ def main(arguments: list[str] | None = None) -> int:
                 kind = "embedded" if tables[name].embedded else "fetched"
                 print(f"{name:<12}  {kind:<8} {size:>6.1f} MB  {tables[name].licence}")
     except (DataError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, DataError) else 2
+        return stop(f"error: {error}", 1 if isinstance(error, DataError) else 2)
     return 0
 
 
@@ -665,4 +678,4 @@ def _verify(file: _File) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

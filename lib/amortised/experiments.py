@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import data, results, runs
-from .commands import Parser
+from .commands import Parser, command, stop
 from .evaluation import load_module
 from .files import LockedError, OutOfTimeError, atomic_write, load_tree, lock
 from .schemas import FormatError
@@ -261,20 +261,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = select(found, options.study, options.row, scale=options.scale, seed=options.seed)
         return options.command(chosen, options)
     except OutOfTimeError as error:
-        return runs.stop(f"{error}; the same command goes on from here", runs.EXIT_OUT_OF_TIME)
+        return stop(f"{error}; the same command goes on from here", runs.EXIT_OUT_OF_TIME)
     except RecursionError:
-        return runs.stop(f"{options.file}: nested too deeply, or in itself", runs.EXIT_USAGE)
+        return stop(f"{options.file}: nested too deeply, or in itself", runs.EXIT_USAGE)
     except (data.DataError, LockedError, OSError, ValueError) as error:
-        return runs.stop(str(error), runs.EXIT_USAGE)
-    except KeyboardInterrupt:
-        return runs.stop("stopped; the same command goes on from here", 130)
+        return stop(str(error), runs.EXIT_USAGE)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m amortised.experiments",
-        description="Run the studies of the book and keep what they find in data/results.",
-    )
+    about = "Run the studies of the book and keep what they find in data/results."
+    parser = Parser(prog="python -m amortised.experiments", description=about)
     parser.add_argument("--file", type=Path, help="studies; default: workflow/experiments.yaml")
     parser.add_argument("--root", type=Path, help="folder of data/ and runs/")
     commands = parser.add_subparsers(required=True)
@@ -284,9 +280,8 @@ def _parser() -> argparse.ArgumentParser:
         subparser.set_defaults(command=command)
         subparser.add_argument("study", nargs="?" if name != "run" else None)
         subparser.add_argument("row", nargs="?", help="default: all rows")
-        subparser.add_argument(
-            "--scale", default=scale, help=f"{' or '.join(SCALES)}; default: {scale or 'all'}"
-        )
+        scales = f"{' or '.join(SCALES)}; default: {scale or 'all'}"
+        subparser.add_argument("--scale", default=scale, help=scales)
         subparser.add_argument("--seed", type=int, help="default: all seeds")
         return subparser
 
@@ -295,9 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     add("record", _record, "check the runs that are finished, and copy them to data/", None)
     run = add("run", _run, "make the results that are missing or stale", SCALES[0])
     run.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
-    run.add_argument(
-        "--again", action="store_true", help="make runs that are done or failed once more"
-    )
+    run.add_argument("--again", action="store_true", help="make runs that are done or failed anew")
     runs.add_limits(run)
     return parser
 
@@ -353,8 +346,8 @@ def _run(chosen: list[Experiment], options: argparse.Namespace) -> int:
         print(f"{experiment.name}: {state.word}, {_cost(state.record).strip()}", flush=True)
         if state.word == "failed":
             failed.append(experiment.name)
-    return runs.stop(f"failed: {', '.join(failed)}", runs.EXIT_FAILED) if failed else 0
+    return stop(f"failed: {', '.join(failed)}", runs.EXIT_FAILED) if failed else 0
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    command(main)

@@ -9,7 +9,6 @@ values is kept with a SHA-256 over its bytes, which is compared before anything 
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import io
 import math
@@ -25,6 +24,8 @@ from typing import NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
+
+from .commands import tidy
 
 
 class DamagedFileError(ValueError):
@@ -58,10 +59,8 @@ def atomic_write(path: str | os.PathLike, content: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
-        if not Path("/proc", stale.name.split(".")[-2].split("-")[0]).exists():
-            stale.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    own = tidy(path.parent, f".{path.name}.")
+    temporary = path.with_name(f"{own}{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as stream:
             stream.write(content)

@@ -27,17 +27,15 @@ import contextlib
 import json
 import math
 import os
-import signal
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import checks, files, results
-from .commands import Parser
+from .commands import Parser, command, stop
 from .cuda import CapturedFunction
 from .files import LockedError, OutOfTimeError, Work
 from .numerics import argument_validation, seeded
@@ -289,8 +287,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop(f"{error}; the same command goes on from here", EXIT_OUT_OF_TIME)
     except (LockedError, OSError, ValueError) as error:
         return stop(str(error), EXIT_USAGE)
-    except KeyboardInterrupt:
-        return stop("stopped; the same command goes on from here", 130)
     print(f"{options.folder}: " + (f"failed: {found['reason']}" if "reason" in found else "done"))
     return 0
 
@@ -320,18 +316,6 @@ def apply_limits(options: argparse.Namespace) -> float:
     if options.max_minutes is None:
         return math.inf
     return time.monotonic() + 60.0 * options.max_minutes
-
-
-def stop(message: str, code: int) -> int:
-    """Say why a command ends, and with which code."""
-    print(message, file=sys.stderr)
-    return code
-
-
-def command(main: Callable[[], int]) -> None:
-    """Run a command as a process: SIGTERM ends it as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
 
 
 if __name__ == "__main__":

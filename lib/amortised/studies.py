@@ -445,7 +445,7 @@ def load_studies(path: str | os.PathLike | None = None) -> dict[str, list[Experi
     except FileNotFoundError:
         raise FormatError(f"there is no file of studies {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path} is not YAML: {error}") from None
+        raise FormatError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     file = _validated(_File, tree, "", faults)
     found: dict[str, list[Experiment]] = {}
     for name, study in {} if file is None else file.studies.items():
