@@ -340,7 +340,7 @@ def test_links_between_project_files_resolve():
 
 def test_help_lists_the_targets():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for target in ("book", "test", "notebooks", "coursework", "grade", "lab", "chapter", "lock"):
+    for target in "book test soak notebooks coursework grade lab chapter lock".split():
         assert re.search(rf"^make {target} +\w", done.stdout, flags=re.MULTILINE)
 
 
@@ -361,8 +361,10 @@ def test_every_version_of_python_is_checked_and_nothing_is_published_unchecked()
     names = (f".github/workflows/{name}.yml" for name in ("check", "publish"))
     check, publish = map(yaml.safe_load, map(read, names))
     versions = check["jobs"]["check"]["strategy"]["matrix"]["python"]
-    classifier = tomllib.loads(read("pyproject.toml"))["project"]["requires-python"]
-    assert versions == ["3.11", "3.12", "3.13"] and classifier.startswith(">=3.11")
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    assert versions == ["3.11", "3.12", "3.13"] and project["requires-python"] == ">=3.11"
+    named = [f"Programming Language :: Python :: {version}" for version in versions]
+    assert project["classifiers"] == named
     for workflow in (check, publish):
         steps = next(iter(workflow["jobs"].values()))["steps"]
         assert "bash .ci/run" in [step.get("run") for step in steps]

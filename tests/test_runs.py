@@ -312,7 +312,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("row", "num_kills"), [("vae", 3), *soak(("vae", 20), ("amc", 20), ("persistent", 12))]
+    ("row", "num_kills"), [("vae", 3), *soak(("vae", 24), ("amc", 20), ("persistent", 20))]
 )
 def test_killed_at_random_moments(workers, whole, tmp_path, row, num_kills):
     moments, (expected, seconds) = random.Random(SEED), whole(row)
@@ -391,7 +391,7 @@ tempfile.tempdir = {0!r}
 """
 
 
-@pytest.mark.parametrize("num_kills", [1, *soak((24,))])
+@pytest.mark.parametrize("num_kills", [1, *soak((12,))])
 def test_killed_while_a_chapter_is_executed(other_workers, tmp_path, num_kills):
     moments, kills, source = random.Random(SEED), 0, tmp_path / "a.py"
     source.write_text(CHAPTER, encoding="utf-8")
