@@ -236,6 +236,37 @@ def test_parameters_of_a_size_reach_the_chapter(toy_book):
     assert printed.outputs[0].text.endswith("7\n")
 
 
+SITE = """
+title: Toy
+html: {baseurl: ""}
+repository: {url: ""}
+execute: {execute_notebooks: "off"}
+exclude_patterns: ["chapters/*.md"]
+"""
+CONTENTS = """
+format: jb-book
+root: intro
+chapters: [{file: chapters/01_one}, {file: chapters/02_two}]
+"""
+
+
+def test_make_builds_the_site_where_the_path_has_a_space_and_a_letter_beyond_ascii(toy_book):
+    """The whole of `make book` but for the installation; these chapters have no exercises."""
+    shutil.copy(ROOT / "Makefile", toy_book)
+    for name in ("01_one", "02_two"):
+        toy = TOY.partition("# %% [markdown]\n# ```{exercise}")[0]
+        (toy_book / "notebooks" / f"{name}.py").write_text(toy, encoding="utf-8")
+    (toy_book / "lib" / "small.py").rename(toy_book / "notebooks" / "small.py")  # on the path
+    for name, text in (("_config.yml", SITE), ("_toc.yml", CONTENTS), ("intro.md", "# A toy")):
+        (toy_book / "book" / name).write_text(text, encoding="utf-8")
+    command = ["make", "--no-print-directory", "-o", "environment", "book"]
+    done = subprocess.run(command, cwd=toy_book, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith(f"file://{toy_book}/book/_build/html/index.html\n")
+    page = (toy_book / "book/_build/html/chapters/01_one.html").read_text(encoding="utf-8")
+    assert "A toy chapter" in page
+
+
 def test_a_second_build_waits_for_the_first(tmp_path):
     command = [sys.executable, ROOT / "workflow" / "locked.py", tmp_path / "lock"]
     log = tmp_path / "log"
