@@ -339,35 +339,47 @@ def test_killed_at_random_moments(workers, whole, tmp_path, row, num_kills):
 
 
 SLOW = """
-real_replace = os.replace
+real_replace, log = os.replace, os.open({0!r}, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 def replace(*paths):
+    os.write(log, b".")
     time.sleep(0.02)
     real_replace(*paths)
     time.sleep(0.02)
 os.replace = replace
-"""  # or nearly all kills would fall before or after it
+"""  # notes each file of a recording, and makes it slower
 
 
 @pytest.mark.parametrize("num_kills", [2, *soak((24,))])
 def test_killed_while_a_result_is_recorded(other_workers, whole, tmp_path, num_kills):
-    moments, kills, root = random.Random(SEED), 0, Root(whole()[0].parents[2])
-    record = ("record", "small", "vae", "--seed", "0")
-    expected = Root(tmp_path / "whole")
-    shutil.copytree(root.folder, expected.folder)
-    assert expected.main(*record) == 0
+    moments, kills, log = random.Random(SEED), 0, tmp_path / "replaced"
+    record, before = ("record", "small", "vae", "--seed", "0"), SLOW.format(str(log))
+
+    def begin(root: Path) -> None:
+        log.unlink(missing_ok=True)
+        where = ("--file", root / "studies.yaml", "--root", root)
+        other_workers.begin("amortised.experiments", *where, *record, before=before)
+
+    def moment(_) -> None:
+        number = moments.randint(1, num_files)
+        wait_for(lambda: log.exists() and log.stat().st_size >= number)
+        time.sleep(moments.uniform(0, 0.04))
+
+    given, expected = whole()[0].parents[2], tmp_path / "whole"
+    shutil.copytree(given, expected)
+    begin(expected)
+    assert other_workers.wait().code == 0
+    num_files = log.stat().st_size
+    assert num_files >= 4  # two networks, values per image, the result
     while kills < num_kills:
-        copy = tmp_path / str(kills)
-        shutil.copytree(root.folder, copy)
-        where = ("--file", copy / "studies.yaml", "--root", copy)
-        start = partial(other_workers.begin, "amortised.experiments", *where, *record, before=SLOW)
-        arguments = (lambda _: time.sleep(moments.uniform(0, 0.4)), moments, num_kills - kills)
-        lost = killed_until_done(other_workers, start, *arguments)
-        assert tree(copy) == tree(expected.folder)
+        root = tmp_path / str(kills)
+        shutil.copytree(given, root)
+        left = num_kills - kills
+        lost = killed_until_done(other_workers, partial(begin, root), moment, moments, left)
+        assert tree(root) == tree(expected)
         kills, KILLS["records"] = kills + lost, KILLS["records"] + lost
 
 
-CHAPTER = (
-    """# ---
+CHAPTER = """# ---
 # jupyter:
 #   kernelspec:
 #     display_name: Python 3
@@ -377,14 +389,15 @@ CHAPTER = (
 
 # %%
 import random, time
-"""
-    + 4
-    * """
+
 # %%
-time.sleep(0.05)
+time.sleep(0.1)
 random.seed(3), print(random.random())
+
+# %%
+time.sleep(0.1)
+print(random.random())
 """
-)
 OWN_FOLDERS = """
 programs["execute"].CACHE = Path({0!r}, "cache")
 tempfile.tempdir = {0!r}
