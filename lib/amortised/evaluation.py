@@ -34,14 +34,13 @@ from . import ais, data, encoders, iterative, models, results
 from .fast import LogLikelihoodAndGrad, log_likelihood_and_grad
 from .files import Work
 from .mcmc import ValueAndGrad
-from .models import LatentVariableModel
+from .models import LatentVariableModel, check_model, like
 from .numerics import check_counts, check_seed, effective_sample_size, log_mean_exp, seeded
 from .objectives import check_proposal, elbo
 from .training import fit, gradient_step, half_cosine
 
 BLOCK_SIZE = 100  # images that share a random stream, hence also what is kept or lost as one
 
-_NOISY = nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm  # unless they are told
 _PAIRS_PER_STEP = 5  # of opposite draws, behind each natural gradient
 _SAMPLES_PER_DRAW = 25  # importance samples drawn at once; part of what the random stream means
 
@@ -178,7 +177,7 @@ def importance_sampling_ll(
     >>> estimate.log_likelihood, estimate.ess.round()  # exact: the proposal is the posterior
     (tensor([-1.8280, -1.2655], dtype=torch.float64), tensor([10., 10.], dtype=torch.float64))
     """
-    x = _checked_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
+    model, x = check_model(model, x)
     check_counts(num_samples=num_samples)
 
     def evaluate(block: _Block) -> dict[str, Tensor]:
@@ -250,7 +249,7 @@ def hais_ll(
     >>> bool((estimate.log_likelihood - model.log_evidence(x)).abs().max() < 0.1)
     True
     """
-    x = _checked_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
+    model, x = check_model(model, x)
     chosen = _annealing(annealing)
 
     def evaluate(block: _Block) -> dict[str, Tensor]:
@@ -297,6 +296,7 @@ def bdmc_ll(
     """
     chosen = _annealing(annealing)
     check_counts(num_images=num_images)
+    model, _ = check_model(model)
 
     def evaluate(block: _Block) -> dict[str, Tensor]:
         with block.seeding_all("simulation"):
@@ -312,8 +312,7 @@ def bdmc_ll(
             "x": x,
         }
 
-    device = next(model.parameters()).device
-    values = _by_block(evaluate, _blocks(num_images, seed, device), work)
+    values = _by_block(evaluate, _blocks(num_images, seed, like(model).device), work)
     return BDMCEstimate(**values, num_samples=chosen.num_chains)
 
 
@@ -355,7 +354,7 @@ def fit_gaussian_proposal(
     >>> r(images).batch_shape, model.weight.requires_grad, model.weight.grad
     (torch.Size([64]), True, None)
     """
-    images = _checked_images(model, images, "images", binary=False)
+    model, images = check_model(model, images, name="images", grey=True)
     block = _Block(seed, 0, slice(0, len(images)), images.device)
     frozen = copy.deepcopy(model).requires_grad_(False)
     with block.seeding_all("proposal"):
@@ -452,14 +451,14 @@ def fit_full_covariance(
     >>> bool((estimate.log_likelihood - model.log_evidence(x)).abs().max() < 1e-3)
     True
     """
-    x = _checked_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
+    model, x = check_model(model, x)
     check_counts(num_steps=num_steps, num_starts=num_starts)
     prior_and_grad = ais.log_prob_and_grad(model.prior())
 
     def evaluate(block: _Block) -> dict[str, Tensor]:
         generator, images = block.generator("full covariance"), x[block.images]
         fast = (likelihood or partial(log_likelihood_and_grad, model))(images)
-        loc = next(model.parameters()).new_zeros(num_starts, len(images), model.latent_dim)
+        loc = like(model).new_zeros(num_starts, len(images), model.latent_dim)
         scale = torch.eye(model.latent_dim).to(loc).repeat(*loc.shape[:2], 1, 1)
         for step in range(num_steps):
             done = step / num_steps
@@ -592,7 +591,7 @@ def _prepare(
     prior_and_grad = ais.log_prob_and_grad(prior)
     path = ais.AnnealedPath(prior.log_prob, partial(model.log_likelihood, x), prior_and_grad, fast)
     if isinstance(fast, LogLikelihoodAndGrad):
-        is_coarse = fast.dtype is not next(model.parameters()).dtype
+        is_coarse = fast.dtype is not like(model).dtype
         path = path._replace(log_likelihood_fn=fast.log_likelihood, exact_energies=is_coarse)
     q = prior.expand((len(x),))
     if start is not None:
@@ -675,25 +674,6 @@ def _annealing(choices: Mapping[str, object]) -> Annealing:
         return annealing._replace(pilot_chains=min(20, annealing.num_chains))
     check_counts(pilot_chains=annealing.pilot_chains)
     return annealing
-
-
-def _checked_images(model: LatentVariableModel, x: Tensor, name: str, binary: bool) -> Tensor:
-    """The images in the type of the model's weights, whatever their own."""
-    for part in model.modules():
-        if part.training and isinstance(part, _NOISY):
-            raise ValueError(f"the model's {type(part).__name__} is training; call model.eval()")
-    device, observation_dim = next(model.parameters()).device, model.observation_dim
-    if x.ndim != 2 or x.shape[1] != observation_dim or not len(x):
-        raise ValueError(
-            f"{name} must be [N, {observation_dim}], N at least 1; got {tuple(x.shape)}"
-        )
-    if x.device != device:
-        raise ValueError(f"{name} is on {x.device} and the model on {device}; move one of them")
-    if binary and not ((x == 0) | (x == 1)).all():
-        raise ValueError(
-            f"{name} must hold zeros and ones, not {x.min():g} to {x.max():g}; see data.binarise"
-        )
-    return x.to(next(model.parameters()).dtype)
 
 
 # --- networks from files -------------------------------------------------------------------------

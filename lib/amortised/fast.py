@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cuda import CapturedFunction
-from .models import BernoulliDecoder, LatentVariableModel
+from .models import BernoulliDecoder, LatentVariableModel, as_model, check_fixed, like
 from .numerics import check_counts, is_capturing, value_and_grad
 
 ROUTES = ("auto", "eager", "rewritten", "dense")
@@ -108,7 +108,9 @@ def log_likelihood_and_grad(
     """
     if route not in ROUTES:
         raise ValueError(f"route must be one of {', '.join(ROUTES)}; got {route!r}")
-    weight = next(model.parameters())
+    model = as_model(model)
+    check_fixed(model)
+    weight = like(model)
     if dtype not in (None, weight.dtype, *_LOW_PRECISION):
         raise ValueError(f"dtype must be {weight.dtype}, bfloat16 or float16; got {dtype}")
     if chunk_size is None:
@@ -138,7 +140,7 @@ class LogLikelihoodAndGrad:
     def __init__(
         self, model: LatentVariableModel, x: Tensor, route: str, dtype: torch.dtype, chunk_size: int
     ):
-        self._model, self._like = model, next(model.parameters()).new_empty(0)
+        self._model, self._like = model, like(model).new_empty(0)
         self.dtype, self.chunk_size = dtype, chunk_size
         self.route, self._stages, order = _choose(model, route)
         self._order = order.to(self._like.device)
@@ -450,7 +452,7 @@ def _choose(model: LatentVariableModel, route: str) -> tuple[str, list[_Stage], 
     """
     chosen = route
     if route == "auto":
-        chosen = "dense" if next(model.parameters()).device.type == "cuda" else "rewritten"
+        chosen = "dense" if like(model).device.type == "cuda" else "rewritten"
     if chosen != "eager":
         try:
             return chosen, *(_dense(model) if chosen == "dense" else _rewritten(model))
