@@ -517,7 +517,7 @@ STUDIES = {
     ("small/rows/Bad Name", None): "",
     ("small/scales", None): "scales is missing",
     ("small/scales/huge", 1): "scales.huge",
-    ("small/recipe", "vea"): "recipe = 'vea'",
+    ("small/recipe", "vea"): "recipe: 'vea' is none of amc, ",
     ("small/recipe", None): "recipe is missing",
     ("small/recipe_version", 0): "recipe_version = 0",
     ("small/recipe_version", 1.5): "recipe_version = 1.5",
@@ -674,7 +674,7 @@ RUN_FILES = {
     "{": "is damaged",
 }
 RUN_CHANGES = {
-    "recipe": ("vea", "recipe 'vea'"),
+    "recipe": ("vea", "'vea' is none of amc, "),
     "config": ({}, "run.json is that of vae-laptop-seed0-"),
     "seed": (1, "run.json is that of vae-laptop-seed1-"),
     "row": ("avb", "run.json is that of avb-laptop-seed0-"),

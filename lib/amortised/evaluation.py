@@ -19,6 +19,7 @@ import copy
 import hashlib
 import itertools
 import math
+import pkgutil
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -679,11 +680,38 @@ def _annealing(choices: Mapping[str, object]) -> Annealing:
 # --- networks from files -------------------------------------------------------------------------
 
 
+def named(name: str, kind: type, known: Mapping[str, object]) -> object:
+    """What a name stands for: one that is known, or ``"module.NAME"`` of a reader's own module.
+
+    The module is imported from where Python looks: the working folder, then ``PYTHONPATH``.
+
+    :param kind: what it must be an instance of, or a subclass.
+    :param known: by name.
+    :raises ValueError: when there is none such, with the choices.
+
+    >>> named("vea", int, {"vae": 1, "amc": 2})
+    Traceback (most recent call last):
+        ...
+    ValueError: 'vea' is none of vae, amc, and no int of your own, named module.NAME
+    """
+    found = known.get(name)
+    if "." in name:
+        try:
+            found = pkgutil.resolve_name(name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{name!r} cannot be imported: {error}") from error
+    if not isinstance(found, kind) and not (isinstance(found, type) and issubclass(found, kind)):
+        choices = f"none of {', '.join(known)}, and " if known else ""
+        raise ValueError(f"{name!r} is {choices}no {kind.__name__} of your own, named module.NAME")
+    return found
+
+
 def build_module(architecture: Mapping[str, object]) -> nn.Module:
     """A new network from its description.
 
     :param architecture: the name of a class of :mod:`amortised.models`,
-        :mod:`amortised.encoders` or :mod:`amortised.iterative`, and its arguments.
+        :mod:`amortised.encoders` or :mod:`amortised.iterative`, or that of a class of your own as
+        :func:`named` finds it, and its arguments.
     :raises amortised.results.ResultError: if there is no such class.
     :raises TypeError: if it takes no such arguments.
 
@@ -692,10 +720,10 @@ def build_module(architecture: Mapping[str, object]) -> nn.Module:
     """
     arguments = dict(architecture)
     name = str(arguments.pop("class", None))
-    homes = (models, encoders, iterative)
-    kind = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise results.ResultError(f"its class is {name!r}, which is no model or encoder")
+    try:
+        kind = named(name, nn.Module, vars(models) | vars(encoders) | vars(iterative))
+    except ValueError as error:
+        raise results.ResultError(f"its class is {name!r}, which is no model or encoder") from error
     return kind(**arguments)
 
 

@@ -536,10 +536,10 @@ class _Adapted(LatentVariableModel):
     def __init__(self, own: object):
         nn.Module.__init__(self)
         for name, part in ({"own": own} if isinstance(own, nn.Module) else vars(own)).items():
-            if isinstance(part, nn.Module):  # so that weights and modes are seen
-                self.add_module(name, part)
-            elif isinstance(part, Tensor):
-                self.register_buffer(name, part)
+            if isinstance(part, nn.Module | Tensor):  # so that weights and modes are seen
+                (self.add_module if isinstance(part, nn.Module) else self.register_buffer)(
+                    name, part
+                )
         names = (*PROTOCOL, "log_likelihood", "log_joint", "sample")
         vars(self).update({name: getattr(own, name) for name in names if hasattr(own, name)})
         if not any(t.is_floating_point() for t in (*self.parameters(), *self.buffers())):
@@ -677,7 +677,8 @@ def _check_values(model: LatentVariableModel, x: Tensor, z: Tensor) -> None:
         _check_law("likelihood(z)", law, (3, 2), model.observation_dim)
     given = vars(getattr(law, "base_dist", law or model))
     logits = given.get("logits", torch.zeros(0))
-    if logits.numel() >= 100 and "probs" not in given and ((logits > 0) & (logits < 1)).all():
+    low, high = logits.aminmax() if logits.numel() >= 100 and "probs" not in given else (0, 0)
+    if low > 0 and 0.5 < high - low < high < 1:  # not the nearly equal ones of an untrained decoder
         message = "all logits are between 0 and 1: are they probabilities? Give these as probs"
         warnings.warn(message, stacklevel=4)
     fault = None

@@ -18,8 +18,10 @@ import yaml
 from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
 
 from . import data
+from .evaluation import named
 from .iterative import INPUTS
-from .recipes import BRIDGES, MAPS, RECIPES, RULES, VALIDATION_IMAGES
+from .models import BernoulliDecoder
+from .recipes import BRIDGES, MAPS, RECIPES, RULES, VALIDATION_IMAGES, Images, Recipe, recipe_named
 from .schemas import FormatError, Name, Seed, Sha256, Strict, validate
 from .targets import TARGETS
 
@@ -39,6 +41,11 @@ def _distinct(values: list) -> list:
     if len(set(values)) < len(values):
         raise ValueError(f"{values} holds a value twice")
     return values
+
+
+def _name_of(kind: type, known: Mapping[str, object]) -> Any:
+    """One of the names that are known, or the dotted name of a reader's own, which is imported."""
+    return Annotated[str, AfterValidator(lambda name: named(name, kind, known) and name)]
 
 
 InputNames = Annotated[list[Literal[INPUTS]], AfterValidator(_distinct)]
@@ -96,9 +103,13 @@ class _DrawnImagesOptions(Strict):
     simulated_pairs: Annotated[int, Field(ge=2)]
 
 
-class _EvidenceOptions(MinibatchOptions, _DrawnImagesOptions):
+class EvidenceOptions(MinibatchOptions, _DrawnImagesOptions):
     """Options of :func:`amortised.recipes.common.drawn_evidence`."""
 
+    #: A class of a reader's own, ``module.NAME``, made as ``NAME(latent_dim=32)``; or left out.
+    decoder: _name_of(BernoulliDecoder, {}) = ""
+    #: A reader's own :class:`amortised.recipes.Images`, ``module.NAME``; or left out, for MNIST.
+    dataset: _name_of(Images, {}) = ""
     held_out: Literal["test", "validation"]
     """Which images the evaluation draws from; the following are its settings, too."""
     #: Samples of the Gaussian that is fitted to an image.
@@ -168,7 +179,7 @@ class AmcOptions(_MethodOptions, TrainingOptions):
     """Options of :func:`amortised.recipes.amortised_mcmc.amc_training` and its evaluation."""
 
 
-class DistillationOptions(_MethodOptions, _EvidenceOptions):
+class DistillationOptions(_MethodOptions, EvidenceOptions):
     """Options of :func:`.recipes.amortised_mcmc.distillation_training`, and its evaluation."""
 
     discriminator_learning_rate: Positive
@@ -199,7 +210,7 @@ class VaeOptions(TrainingOptions):
     objective: Literal["elbo", "iwae", "dreg"]
 
 
-class ObjectiveOptions(_EvidenceOptions):
+class ObjectiveOptions(EvidenceOptions):
     """Options of :func:`amortised.recipes.autoencoders.vae_training` and its evaluation."""
 
     objective: Literal["elbo", "iwae", "dreg"]
@@ -390,7 +401,7 @@ class Study(Strict):
     """A study as it stands in the file."""
 
     title: str
-    recipe: Literal[tuple(RECIPES)]
+    recipe: _name_of(Recipe, RECIPES)
     recipe_version: PositiveInt
     seeds: Seeds
     common: Options
@@ -497,13 +508,14 @@ def _runs(
     settings = _validated(_Row, about, where, faults)
     if settings is None:
         return
+    options_of = OPTIONS.get(study.recipe) or recipe_named(study.recipe).options or Strict
     for scale in settings.scales or study.scales:
         if scale not in study.scales:
             faults.append(f"{where}: the study has no scale {scale!r}: {', '.join(study.scales)}")
             continue
         own = {key: value for key, value in options.items() if key not in about}
         config = study.common | study.scales[scale] | own
-        if _validated(OPTIONS[study.recipe], config, f"{where} at {scale}", faults) is None:
+        if _validated(options_of, config, f"{where} at {scale}", faults) is None:
             continue
         for seed in settings.seeds or study.seeds:
             yield Experiment(name, row, scale, seed, study.recipe, study.recipe_version, config,
@@ -517,7 +529,7 @@ def _tied(
     if "trained" not in run.config:
         return run
     wanted = (run.config["trained_study"], run.config["trained"], run.scale, run.seed)
-    others = [other for other in studies.get(wanted[0], []) if RECIPES[other.recipe].build]
+    others = [other for other in studies.get(wanted[0], []) if recipe_named(other.recipe).build]
     needs = next((other for other in others if other[:4] == wanted), None)
     if needs is None:
         rows = ", ".join(dict.fromkeys(other.row for other in others)) or "none"

@@ -21,6 +21,7 @@ from .common import (
     adam,
     annealed_evidence,
     drawn_evidence,
+    grey_images,
     held_out_images,
     make_network,
     on_device,
@@ -40,7 +41,7 @@ def vae_training(config: Mapping[str, object], device: torch.device | str = "cpu
     """
     num_samples, objective = config["num_student_samples"], config["objective"]
     networks = {
-        "decoder": make_network("decoder", device),
+        "decoder": make_network("decoder", device, config),
         "encoder": make_network("gaussian", device),
     }
     decoder, encoder = networks.values()
@@ -49,9 +50,7 @@ def vae_training(config: Mapping[str, object], device: torch.device | str = "cpu
         "encoder": adam(encoder, config["learning_rate"]),
     }
     if config.get("output_bias") == "data":
-        images = data.load_mnist("train").images[: config["training_images"]]
-        with torch.no_grad():
-            decoder.start_at_mean(images.to(device))
+        decoder.start_at_mean(grey_images(config).to(device))
     if config.get("kl_warmup"):
         networks["warm-up"] = WarmUp(config, device)
     weight = networks.get("warm-up", lambda: 1.0)
