@@ -120,7 +120,7 @@ def fault_of(content: dict | str, tmp_path: Path) -> str:
         ({"small/recipe": "gan"}, "small.recipe: 'gan' is none of amc, distillation, vae, "),
         (
             {"small/recipe": "gan.OWN"},
-            "recipe: 'gan.OWN' cannot be imported (No module named 'gan'",
+            "recipe: 'gan.OWN' cannot be imported: No module named 'gan'",
         ),
         ({"small/recipe": "math.pi"}, "recipe: 'math.pi' is none of amc, "),
         ({"small/recipe": ["amc"]}, "small.recipe = ['amc']: input should be a valid string"),
