@@ -43,12 +43,11 @@ def tagged(chapter: Path) -> list:
 def test_a_deck_holds_what_is_tagged_and_asks_for_nothing(chapter):
     text = slides.deck(chapter.stem, BOOK, chapter.with_suffix(".ipynb"))
     deck, cells = Deck(text), tagged(chapter)
-    headings = [
-        max(1, len(re.findall(r"^#{1,4} ", cell.source, re.M)))
-        if cell.cell_type == "markdown"
-        else 1
-        for cell in cells
-    ]
+    headings = []
+    for cell in cells:
+        parts = re.split(r"^#{1,4} .*$", cell.source, flags=re.M)
+        is_code = cell.cell_type == "code" or len(parts) == 1
+        headings.append(1 if is_code else sum(bool(part.strip()) for part in parts[1:]))
     assert len(deck.words) == sum(headings) and 20 <= sum(headings) <= 45
     local = [one for one in deck.addresses if not one.startswith("data:")]
     assert local == ["katex/katex.min.css", "katex/katex.min.js"]
@@ -96,7 +95,12 @@ This neither."""
     assert shown.strip() == "\n\n".join(blocks)
 
 
+def test_a_board_of_prose_has_a_line_for_each_paragraph():
+    text = "As Li et al. (2017) say, *one. Two* is so. Or is it?\n\nSo it is. In truth."
+    assert slides.board(text) == "- As Li et al. (2017) say, *one. Two* is so.\n- So it is."
+
+
 def test_sections_take_their_own_text():
-    text = "Of the output above.\n\n## One\n\nA.\n\n### Two\n\nB."
+    text = "Of the output above.\n\n## None\n\n## One\n\nA.\n\n### Two\n\nB."
     assert list(slides.sections(text)) == [("One", "\n\nA.\n\n"), ("Two", "\n\nB.")]
     assert list(slides.sections("No heading.")) == [(None, "No heading.")]

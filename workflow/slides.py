@@ -32,7 +32,8 @@ TAG = "slide"
 CODE = HtmlFormatter(style="friendly_grayscale")
 MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").use(dollarmath_plugin)
 IMAGES = ("image/svg+xml", "image/png", "image/gif", "image/webp")
-SENTENCE = re.compile(r"(?<=[.!?:])\s+(?=[A-Z*\x00\[(])")
+SENTENCE = re.compile(r"(?<=[.!?:])(?<!\bal\.)\s+(?=[A-Z\x00\[(])")
+WHOLE = re.compile(r"\$[^$]+\$|\*+[^*]+\*+")  # what holds no end of a sentence
 
 
 class Slide(NamedTuple):
@@ -45,19 +46,21 @@ class Slide(NamedTuple):
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a paragraph; what looks like an end within a formula is none."""
-    formulas = re.findall(r"\$[^$]+\$", text)
-    parts = SENTENCE.split(re.sub(r"\$[^$]+\$", "\x00", text))
-    rest = iter(formulas)
+    """The sentences of a paragraph; a formula or an emphasis is never divided."""
+    rest = iter(WHOLE.findall(text))
+    parts = SENTENCE.split(WHOLE.sub("\x00", text))
     return [re.sub("\x00", lambda _: next(rest), part) for part in parts]
 
 
 def board(text: str) -> str:
-    """What a slide shows of a section, in Markdown."""
+    """What a slide shows of a section, in Markdown; of prose alone, how each paragraph begins."""
     lines = text.splitlines()
     tops = [token for token in MARKDOWN.parse(text) if token.level == 0 and token.map]
     kinds = [token.type for token in tops]
     done: list[str] = []
+    if set(kinds) == {"paragraph_open"} and len(kinds) > 1:
+        firsts = [sentences("\n".join(lines[slice(*token.map)]))[0] for token in tops]
+        return "\n".join(f"- {' '.join(first.split())}" for first in firsts)
     for index, (kind, token) in enumerate(zip(kinds, tops, strict=True)):
         block = "\n".join(lines[slice(*token.map)])
         if kind == "paragraph_open":
@@ -77,7 +80,8 @@ def sections(text: str) -> Iterator[tuple[str | None, str]]:
     parts = re.split(r"^#{1,4} (.*)$", text, flags=re.MULTILINE)
     if len(parts) == 1:
         yield None, text
-    yield from zip(parts[1::2], parts[2::2], strict=True)
+    found = zip(parts[1::2], parts[2::2], strict=True)
+    yield from ((title, body) for title, body in found if body.strip())
 
 
 def text_slides(text: str, book: Book, stem: str, current: str) -> Iterator[Slide]:
