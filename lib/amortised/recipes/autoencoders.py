@@ -20,6 +20,7 @@ from .common import (
     WarmUp,
     adam,
     annealed_evidence,
+    architectures,
     drawn_evidence,
     grey_images,
     held_out_images,
@@ -33,17 +34,19 @@ def vae_training(config: Mapping[str, object], device: torch.device | str = "cpu
 
     Adam at ``learning_rate``. The doubly reparameterised gradient is the encoder's; the decoder
     follows the bound. With ``output_bias`` from the data the decoder's is the logit of the mean
-    pixel at the start; the divergence of the ELBO can be warmed up.
+    pixel at the start; the divergence of the ELBO can be warmed up. The prior can be a learned
+    mixture of ten Gaussians; the ELBO is then the IWAE bound with one sample.
 
     :param config: the options of :class:`amortised.studies.VaeOptions`, or of
         :class:`amortised.studies.ObjectiveOptions`.
     :param device: where to put the networks.
     """
     num_samples, objective = config["num_student_samples"], config["objective"]
-    networks = {
-        "decoder": make_network("decoder", device, config),
-        "encoder": make_network("gaussian", device),
-    }
+    kinds = {"decoder": "decoder", "encoder": "gaussian"}
+    if config.get("prior") == "mixture":
+        kinds["decoder"] = "mixture"
+    networks = {role: make_network(kind, device, config) for role, kind in kinds.items()}
+    kept = {role: architectures(config)[kind] for role, kind in kinds.items()}
     decoder, encoder = networks.values()
     optimizers = {
         "model": adam(decoder, config["learning_rate"]),
@@ -66,7 +69,7 @@ def vae_training(config: Mapping[str, object], device: torch.device | str = "cpu
             loss = -bound(decoder, encoder(x), x, num_samples)
             return {"loss": amc.descend(loss, *optimizers.values())}
 
-    return Training(step, networks, optimizers, {})
+    return Training(step, networks, optimizers, {}, kept)
 
 
 def evaluate_objective(run: Run) -> Outcome:
