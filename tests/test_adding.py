@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from amortised import experiments, results
+from amortised.evaluation import load_module
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "book" / "adding.md").read_text(encoding="utf-8")
@@ -122,6 +123,28 @@ def test_the_check_of_the_page_finds_a_forgotten_ratio(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match=r"mean is -0\.3\d+, not -0\.577"):
         runpy.run_path(str(tmp_path / "check_mine.py"))
     sys.modules.pop("mine")
+
+
+@pytest.mark.usefixtures("in_folder", "mnist_is_read_once")
+@pytest.mark.parametrize("recipe", ["objective", "distillation"])
+def test_the_books_own_recipes_take_a_decoder_and_images(folder, tmp_path, recipe):
+    """A row of these as it stands in the file, at tiny sizes; of the latter one with a chain."""
+    runs = [run for runs in experiments.load_studies().values() for run in runs]
+    rules = (None, "inclusive_kl")
+    first = next(r for r in runs if r.recipe == recipe and r.config.get("rule") in rules)
+    small = TINY | {"hais_images": 0, "num_steps": 1, "epochs": 1, "classifier_images": 20}
+    small |= {"diagnostic_images": 0, "num_student_samples": 1}
+    common = first.config | {k: v for k, v in small.items() if first.config.get(k)}
+    block = {"title": "mine", "recipe": first.recipe, "recipe_version": 1, "seeds": [0]}
+    rows = {"both": {"decoder": "mine.Wide", "dataset": "mine.EVEN", "keep": ["decoder"]}}
+    block |= {"common": common, "scales": {"laptop": {}}, "rows": rows}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"studies": {"own": block}}))
+    places = ["--file", str(tmp_path / "own.yaml"), "--root", str(tmp_path)]
+    assert experiments.main([*places, "run", "own"]) == 0
+    decoder = load_module(tmp_path / "data/models/own/both-laptop-seed0-decoder.safetensors")
+    assert type(decoder).__name__ == "Wide" and decoder.latent_dim == 32
+    found = results.load_result(tmp_path / "data/results/own/both-laptop-seed0.json")
+    assert torch.isfinite(found.per_image["full_is_ll"]).all()
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ FUNCTIONS += rows(
     ("flat images", lambda: evaluation.hais_ll(DECODER, DIGITS[0]), "must be [N, 784]"),
     ("square images", lambda: evaluation.hais_ll(
         DECODER, DIGITS.view(3, 28, 28)), "must be [N, 784], N at least 1; got (3, 28, 28)"),
-    ("grey images, fast", lambda: fast.log_likelihood_and_grad(DECODER, DIGITS + 0.5), "binary"),
+    ("grey images, fast", lambda: fast.log_likelihood_and_grad(DECODER, DIGITS + 0.5), "zeros and"),
     ("z of another size", lambda: MODEL.log_joint(X, torch.zeros(2, 3)), "latent_dim=1"),
     ("x of another size", lambda: MODEL.log_joint(X[:, :1], Z), "observation_dim=2"),
     ("image not fitted", lambda: evaluation.fit_full_covariance(

@@ -249,6 +249,8 @@ def test_a_decoder_inside_a_plain_object_is_looked_at():
     plain.decoder = nn.Dropout()
     with pytest.raises(ValueError, match="the model's Dropout is training"):
         evaluation.hais_ll(plain, X)
+    with pytest.raises(ValueError, match="the model's Dropout is training"):
+        value("teacher_samples", plain)
     plain.decoder.eval()
     check(plain, X)
 

@@ -559,10 +559,10 @@ class _Adapted(LatentVariableModel):
     def __init__(self, own: object):
         nn.Module.__init__(self)
         for name, part in ({"own": own} if isinstance(own, nn.Module) else vars(own)).items():
-            if isinstance(part, nn.Module | Tensor):  # so that weights and modes are seen
-                (self.add_module if isinstance(part, nn.Module) else self.register_buffer)(
-                    name, part
-                )
+            if isinstance(part, nn.Module):  # so that weights and modes are seen
+                self.add_module(name, part)
+            elif isinstance(part, Tensor):
+                self.register_buffer(name, part)
         names = (*PROTOCOL, "log_likelihood", "log_joint", "sample")
         vars(self).update({name: getattr(own, name) for name in names if hasattr(own, name)})
         if not any(t.is_floating_point() for t in (*self.parameters(), *self.buffers())):
@@ -625,7 +625,8 @@ def check_fixed(model: object) -> None:
         ...
     ValueError: the model's Dropout is training; call model.eval()
     """
-    for part in model.modules() if isinstance(model, nn.Module) else ():
+    found = [model] if isinstance(model, nn.Module) else vars(model).values()
+    for part in chain(*(own.modules() for own in found if isinstance(own, nn.Module))):
         if part.training and isinstance(part, _RANDOM_IN_TRAINING):
             raise ValueError(f"the model's {type(part).__name__} is training; call model.eval()")
 
@@ -659,20 +660,31 @@ def check_model(
     with seeded(0, like(model).device):
         x = model.sample(2)[0] if x is None else x
         z = model.prior().sample((3, 2))
-    x = _checked_observations(model, x, name, isinstance(model, BernoulliDecoder) and not grey)
+    x = checked_observations(model, x, isinstance(model, BernoulliDecoder) and not grey, name)
     few = x[:2].expand(2, -1)
     _check_values(model, few.round() if isinstance(model, BernoulliDecoder) else few, z)
     return model, x
 
 
-def _checked_observations(model: LatentVariableModel, x: Tensor, name: str, binary: bool) -> Tensor:
-    """The observations in the type of the model's weights, whatever their own."""
+def checked_observations(
+    model: LatentVariableModel, x: Tensor, is_binary: bool, name: str = "x"
+) -> Tensor:
+    """The observations in the type of the model's weights, whatever their own.
+
+    :param x: ``[N, P]``, on the device of the model.
+    :param is_binary: whether they must be zeros and ones.
+    :param name: of the observations, in messages.
+    :raises ValueError: when they are not.
+
+    >>> checked_observations(BernoulliDecoder(nn.Linear(1, 2), 1, 2), torch.ones(1, 2).byte(), True)
+    tensor([[1., 1.]])
+    """
     size, device = model.observation_dim, like(model).device
     if x.ndim != 2 or x.shape[1] != size or not len(x):
         raise ValueError(f"{name} must be [N, {size}], N at least 1; got {tuple(x.shape)}")
     if x.device != device:
         raise ValueError(f"{name} is on {x.device} and the model on {device}; move one of them")
-    if binary and not ((x == 0) | (x == 1)).all():
+    if is_binary and not ((x == 0) | (x == 1)).all():
         raise ValueError(
             f"{name} must hold zeros and ones, not {x.min():g} to {x.max():g}; see data.binarise"
         )

@@ -48,6 +48,8 @@ def _name_of(kind: type, known: Mapping[str, object]) -> Any:
     return Annotated[str, AfterValidator(lambda name: named(name, kind, known) and name)]
 
 
+RecipeName = _name_of(Recipe, RECIPES)
+DecoderName, DatasetName = _name_of(BernoulliDecoder, {}), _name_of(Images, {})
 InputNames = Annotated[list[Literal[INPUTS]], AfterValidator(_distinct)]
 
 
@@ -107,9 +109,9 @@ class EvidenceOptions(MinibatchOptions, _DrawnImagesOptions):
     """Options of :func:`amortised.recipes.common.drawn_evidence`."""
 
     #: A class of a reader's own, ``module.NAME``, made as ``NAME(latent_dim=32)``; or left out.
-    decoder: _name_of(BernoulliDecoder, {}) = ""
+    decoder: DecoderName = ""
     #: A reader's own :class:`amortised.recipes.Images`, ``module.NAME``; or left out, for MNIST.
-    dataset: _name_of(Images, {}) = ""
+    dataset: DatasetName = ""
     held_out: Literal["test", "validation"]
     """Which images the evaluation draws from; the following are its settings, too."""
     #: Samples of the Gaussian that is fitted to an image.
@@ -412,7 +414,7 @@ class Study(Strict):
     """A study as it stands in the file."""
 
     title: str
-    recipe: _name_of(Recipe, RECIPES)
+    recipe: RecipeName
     recipe_version: PositiveInt
     seeds: Seeds
     common: Options
