@@ -414,7 +414,7 @@ def test_annealing_finds_the_evidence_on_every_route(route, dtype):
         (dict(chunk_size=2.5), "chunk_size must be an integer"),
         (dict(x=torch.zeros(784)), r"x must be \[N, 784\], N at least 1; got \(784,\)"),
         (dict(x=torch.zeros(2, 28, 28)), r"got \(2, 28, 28\)"),
-        (dict(x=torch.zeros(0, 784)), "B at least 1"),
+        (dict(x=torch.zeros(0, 784)), "N at least 1"),
         (dict(x=torch.full((2, 784), 0.5)), "x must hold zeros and ones, not 0.5 to 0.5"),
     ],
 )
