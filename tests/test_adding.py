@@ -36,7 +36,12 @@ def files() -> dict[str, str]:
 
 
 def commands() -> list[str]:
-    return [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+    lines = "".join(text.replace("\\\n", " ") for kind, text in BLOCKS if kind == "bash")
+    return lines.splitlines()
+
+
+def test_lines_fit_their_box():
+    assert not [line for _, text in BLOCKS for line in text.splitlines() if len(line) > 84]
 
 
 @pytest.fixture(scope="module")

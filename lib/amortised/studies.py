@@ -110,7 +110,7 @@ class EvidenceOptions(MinibatchOptions, _DrawnImagesOptions):
 
     #: A class of a reader's own, ``module.NAME``, made as ``NAME(latent_dim=32)``; or left out.
     decoder: DecoderName = ""
-    #: A reader's own :class:`amortised.recipes.common.Images`, ``module.NAME``; or left out, for MNIST.
+    #: A reader's own :class:`amortised.recipes.common.Images`, likewise; or left out, for MNIST.
     dataset: DatasetName = ""
     held_out: Literal["test", "validation"]
     """Which images the evaluation draws from; the following are its settings, too."""
