@@ -30,7 +30,7 @@ among = $(if $(strip $($(1))),,$(error $(1) is empty; choose among: $(2)))$(fore
 unexport PYTHONPATH PYTHONHOME
 .DEFAULT_GOAL := help
 .PHONY: help book test soak site chapters notebooks smoke laptop full lab coursework grade chapter \
-	bench lock clean environment pdf times
+	bench lock clean environment pdf slides times
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -116,6 +116,10 @@ environment:
 
 pdf: book ## the whole book as one PDF, printed with Chromium, in book/_build
 	@$(BIN)/python workflow/pdf.py
+
+slides: environment ## a deck of slides for each chapter, in slides/; NB=01_vi_recap for one
+	$(call among,NB,$(CHAPTERS))
+	@$(BIN)/python workflow/slides.py slides $(NB)
 
 times: chapters ## note what the chapters took here, where their heads and README take it from
 	@$(BIN)/python workflow/execution_table.py --record book/chapters/[0-9]*.json

@@ -11,7 +11,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # # Variational inference, a recap
 #
 # *From maximum likelihood to a trained autoencoder, with every gap measured.*
@@ -82,7 +82,7 @@ torch.distributions.Distribution.set_default_validate_args(False)  # speed
 torch.manual_seed(seed)
 generator = torch.Generator().manual_seed(seed)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## A model with hidden causes
 #
 # A *deep latent Gaussian model* draws a latent variable, then an observation:
@@ -122,7 +122,7 @@ correlation = covariance[0, 1] / covariance[0, 0]
 print(f"posterior mean {posterior.mean[0, 0]:.3f}, correlation {correlation:.3f}")
 print("standard deviations along the axes:", [f"{v:.2f}" for v in variances.sqrt()])
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-model", "caption": "Left: the model {eq}`eq-vi-model` for $N$ observations. Right: two causes of which only the sum is observed. The prior is round; the posterior hugs the line $z_1 + z_2 = x$. Contours hold 50, 80 and 95 per cent of the mass."}, "image": {"alt": "Left, a graph with arrows from z and theta to a shaded x, z and x inside a plate. Right, a round grey prior and a thin tilted ellipse, the posterior, along a falling line."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-vi-model", "caption": "Left: the model {eq}`eq-vi-model` for $N$ observations. Right: two causes of which only the sum is observed. The prior is round; the posterior hugs the line $z_1 + z_2 = x$. Contours hold 50, 80 and 95 per cent of the mass."}, "image": {"alt": "Left, a graph with arrows from z and theta to a shaded x, z and x inside a plate. Right, a round grey prior and a thin tilted ellipse, the posterior, along a falling line."}}
 figure, (graph, plane) = plt.subplots(1, 2, figsize=(6.4, 3))
 place = {"ha": "center", "va": "center", "fontsize": 15}
 circle = {"boxstyle": "circle"}
@@ -144,7 +144,7 @@ plane.set(xlabel="$z_1$", ylabel="$z_2$", xlim=(-3.2, 3.2), ylim=(-4.8, 3.2))
 plane.legend(loc="lower left", ncols=2, fontsize=8)
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## Maximum likelihood meets an integral
 #
 # Learning maximises $\sum_n \log p_\theta(x_n)$, where the *evidence* integrates the cause out:
@@ -174,7 +174,7 @@ for pixels in (1, 4, 16, 64, 256):
 header = ["pixels", "exact log p(x)", "estimate", "effective of 10,000"]
 markdown_table(header, rows, 1)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # At first the estimate is good. At the end, in only four latent dimensions, one draw carries nearly all the weight, and the estimate is whatever that draw happened to reach.
 # A digit has 784 pixels, and the models of this book have 32 latents. Something better than blind draws from the prior is needed: draws from where the posterior is.
 #
@@ -207,7 +207,7 @@ markdown_table(header, rows, 1)
 # over the exact posterior, and over a Gaussian with independent coordinates, whose mean is exact and whose covariance is not. (It is the best of its kind, in a sense that {numref}`sec-vi-bound` makes precise.)
 
 
-# %%
+# %% tags=["slide"]
 def fisher_gradient(model, q, x, num_batches=400):
     """The joint's gradient, averaged over batches of draws from q."""
     batches = []
@@ -234,7 +234,7 @@ off, biased = ([abs(r[i].mean - r[1]) / r[i].se for r in rows] for i in (2, 3))
 assert max(off) < 4 and biased[2] < 4 and min(biased[:2] + biased[3:]) > 10
 markdown_table(["gradient in", "exact", "posterior", "mean-field q"], rows, 3)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # Posterior samples give the exact gradient, within four standard errors: the cell asserts it. Independent coordinates get $b$ right, because only the mean of $z$ enters there.
 # They miss the weights and the noise, which ask for second moments. A model trained on such samples settles somewhere else.
 #
@@ -343,7 +343,7 @@ for name, average in averages.items():  # the variance along each axis
 header = ["draws per 1,000 evaluations", "$z$, narrow", "wide", "$z^2$, narrow"]
 markdown_table([*header, "wide"], rows, 0)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-chains", "caption": "Four chains on the posterior of {numref}`fig-vi-model`, each after the same 120 density evaluations, from the ring. The contours are exact."}, "image": {"alt": "Four panels with a thin tilted ellipse. Metropolis and the two Langevin chains move in many small steps, the Hamiltonian chain in a few long ones."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-vi-chains", "caption": "Four chains on the posterior of {numref}`fig-vi-model`, each after the same 120 density evaluations, from the ring. The contours are exact."}, "image": {"alt": "Four panels with a thin tilted ellipse. Metropolis and the two Langevin chains move in many small steps, the Hamiltonian chain in a few long ones."}}
 figure, panels = plt.subplots(1, 4, figsize=(7.2, 2.3), sharex=True, sharey=True)
 pink, corner = plotting.COLOURS["samples"], torch.tensor([[-2.0, -1.0]])
 for panel, (name, (kernel, cost)) in zip(panels, kernels.items(), strict=True):
@@ -411,7 +411,7 @@ for name, theory in {"Metropolis": "1", "MALA": "1/3", "HMC": "1/4"}.items():
 header = ["evaluations per draw", *(f"D = {dim}" for dim in dims)]
 markdown_table([*header, "exponent, D = 8 to 512", "theory"], rows, 1)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # The exponents are close to those of the theory already at moderate $D$; the cell also checks the assumed decay against chains of 1,000 steps at $D = 32$. For a hundred latents random-walk Metropolis is some forty times as expensive as the kernels that use the gradient. The measured target is as kind as can be; a posterior of unequal widths multiplies all three costs, as the wide axis did above.
 #
 # ### Has the chain converged?
@@ -450,7 +450,7 @@ for name, (step_size, start, thin) in settings.items():
     print(f"{name}: R-hat {rhat:.1f}, share right of zero {right:.1f}")
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-rhat", "caption": "Metastability. Traces of four chains on a posterior with two modes, of weights 0.3 and 0.7. Left: all chains start at $-5$, stay, and agree with one another. Middle: from dispersed starts two stay on each side. Right: wide steps cross, and the share of time on each side becomes the weight of the mode. Grey: the exact density."}, "image": {"alt": "Three panels of traces against the exact bimodal density drawn in grey at the side. Left, all traces lie on the lower mode; middle, two lie on the lower and two on the upper mode; right, traces jump between both."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-vi-rhat", "caption": "Metastability. Traces of four chains on a posterior with two modes, of weights 0.3 and 0.7. Left: all chains start at $-5$, stay, and agree with one another. Middle: from dispersed starts two stay on each side. Right: wide steps cross, and the share of time on each side becomes the weight of the mode. Grey: the exact density."}, "image": {"alt": "Three panels of traces against the exact bimodal density drawn in grey at the side. Left, all traces lie on the lower mode; middle, two lie on the lower and two on the upper mode; right, traces jump between both."}}
 def draw_boxes(ax, texts, places, dashed=(), shrink=12):
     """Boxes with an arrow from each to the next, for the diagrams below."""
     arrow = {"arrowstyle": "->", "shrinkA": shrink, "shrinkB": shrink, "ec": "0.5"}
@@ -474,7 +474,7 @@ for panel, (name, trace) in zip(panels, traces.items(), strict=True):
 panels[0].set_ylabel("$z$")
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # All three are random-walk Metropolis chains. From one start $\hat R$ stays at 1.0, and the answer is wrong: every chain has seen the minor mode only. From dispersed starts the diagnostic fails, as it should. Note that the pooled average is wrong there too: half of the chains on each side is a property of the starts, not of the posterior. A kernel that crosses repairs both. Running longer does not: the barrier between the modes makes a crossing so rare that the chains are *metastable*, at equilibrium within a mode and nowhere near it between modes.
 #
 # MCMC is sound and asks for little: an unnormalised density. Its price is mixing time, which grows with dimension and with the unevenness of the posterior, a convergence that can be refuted but not confirmed, and a fresh start for every $x$: many steps for each training image at each visit, and again for each new one {cite:p}`li2017amc`.
@@ -550,7 +550,7 @@ plt.show()
 # The three estimators agree in the mean, so the choice among them is one of *variance*. Let $q$ approach the exact posterior of the two causes: offset its mean by $t$, stretch its covariance factor by $1 + t$, and let $t \to 0$. The table shows the variance per draw of the gradient in the mean (a baseline needs at least a pair of draws: twice the variance of their average).
 
 
-# %%
+# %% tags=["slide"]
 def score_function(model, q, x, num_samples, baseline=False):
     z = q.sample((num_samples,))
     log_w = (model.log_joint(x, z) - q.log_prob(z)).detach()
@@ -598,7 +598,7 @@ def divergence(q, posterior):  # of a diagonal q, in closed form
     return kl(full, posterior)
 
 
-# %%
+# %% tags=["slide"]
 def climb(bound, free, num_steps, step_size, family=gaussian):
     """Adam on the variational parameters; all visited, ``[steps + 1, B, ...]``."""
     optimizer, visited = torch.optim.Adam([free.requires_grad_()], step_size), []
@@ -630,7 +630,7 @@ print(f"gap {best_gap:.2f} nats; width {width[0]:.1f}, then {width.min():.2f}")
 print(f"at the end {width[-1]:.1f}; exact marginal {covariance[0, 0].sqrt():.2f}")
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-tightening", "caption": "Climbing the bound. Left, in the latent plane: $q$ (orange) and the exact posterior (green). Within the first frames the width of $q$ collapses to less than its final value, because off the ridge any width is punished; the mean then slides onto the ridge and along it; at the ridge $q$ widens again. The optimum covers only the middle of the posterior: minimising $\\operatorname{KL}(q \\,\\|\\, p)$ is mode-seeking and zero-forcing. Right, the two sides of {eq}`eq-vi-gap`: the line is the exact $\\log p_\\theta(x)$, the shaded band below it the divergence in closed form, the points the bound estimated from samples; they follow the lower edge of the band, and a gap remains at the end, because no member of the family is tilted."}, "image": {"alt": "Animation. Left, a large orange circle above a thin green tilted ellipse contracts to a small one within two frames, moves onto the ellipse and to its centre, and grows a little. Right, points rise along the lower edge of a shaded band and level off about one nat below a horizontal line."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-vi-tightening", "caption": "Climbing the bound. Left, in the latent plane: $q$ (orange) and the exact posterior (green). Within the first frames the width of $q$ collapses to less than its final value, because off the ridge any width is punished; the mean then slides onto the ridge and along it; at the ridge $q$ widens again. The optimum covers only the middle of the posterior: minimising $\\operatorname{KL}(q \\,\\|\\, p)$ is mode-seeking and zero-forcing. Right, the two sides of {eq}`eq-vi-gap`: the line is the exact $\\log p_\\theta(x)$, the shaded band below it the divergence in closed form, the points the bound estimated from samples; they follow the lower edge of the band, and a gap remains at the end, because no member of the family is tilted."}, "image": {"alt": "Animation. Left, a large orange circle above a thin green tilted ellipse contracts to a small one within two frames, moves onto the ellipse and to its centre, and grows a little. Right, points rise along the lower edge of a shaded band and level off about one nat below a horizontal line."}}
 def draw(figure, frame):
     plane, curve = figure.subplots(1, 2, width_ratios=(1.2, 1))
     now, top = 15 * frame, log_evidence.item()
@@ -662,7 +662,7 @@ plotting.animate(draw, 11, size=(6.0, 3.0), fps=3, dpi=110, alt=about)
 #
 # Fisher's identity gives other ways, with a Markov chain in the place of $q$: a chain started afresh at each visit, or a *persistent* chain that waits in memory for the next visit. Two more combine chain and encoder and are the subject of {doc}`chapter 5 </chapters/05_amc>`: MCMC-VI improves the encoder's draw by a chain and learns $\theta$ from the result; *amortised MCMC* (AMC) also teaches the encoder to imitate the end of the chain {cite:p}`li2017amc`.
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-recap", "caption": "Six schemes. Each column shows, from the top, where inference for one $x_n$ starts, what improves it, and what $\\theta$ learns from; below, what must be stored and what a new $x$ costs. Dashed boxes are kept in memory between visits, and bent arrows show from what they are updated. MCMC-VI fits its network to the bound, without looking at the chain; AMC fits it to the end of the chain. $S$ chains, $T$ steps."}, "image": {"alt": "Six columns of three boxes joined by arrows: SVI, VAE, MCMC per datum, persistent chains, MCMC-VI and AMC. SVI and persistent chains keep a dashed box for each datum; VAE, MCMC-VI and AMC keep an encoder; a fresh prior draw is not kept. Bent arrows lead back to the kept boxes, in AMC from the last box."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-vi-recap", "caption": "Six schemes. Each column shows, from the top, where inference for one $x_n$ starts, what improves it, and what $\\theta$ learns from; below, what must be stored and what a new $x$ costs. Dashed boxes are kept in memory between visits, and bent arrows show from what they are updated. MCMC-VI fits its network to the bound, without looking at the chain; AMC fits it to the end of the chain. $S$ chains, $T$ steps."}, "image": {"alt": "Six columns of three boxes joined by arrows: SVI, VAE, MCMC per datum, persistent chains, MCMC-VI and AMC. SVI and persistent chains keep a dashed box for each datum; VAE, MCMC-VI and AMC keep an encoder; a fresh prior draw is not kept. Bent arrows lead back to the kept boxes, in AMC from the last box."}}
 T, phi, moves = "$T$ gradients", r"$\phi$", "$T$ moves"
 rows = {
     "SVI": (r"row $\lambda_n$", T, "$q$", "$N$ rows", T, 1),
@@ -816,7 +816,7 @@ for _ in range(3):
         model = em_sweep(model)
     em_ends.append((maximum - model.log_evidence(data).mean()).item())
 
-# %% tags=["hide-input"] mystnb={"table": {"name": "tab-vi-climb", "caption": "How far below the maximum of the mean $\\log p_\\theta(x)$ each scheme ends, in nats, after equal numbers of updates and of gradients. The price is in gradients for each visit of a datum. ± is half the width of the 95 % t-interval over three starts."}}
+# %% tags=["hide-input", "slide"] mystnb={"table": {"name": "tab-vi-climb", "caption": "How far below the maximum of the mean $\\log p_\\theta(x)$ each scheme ends, in nats, after equal numbers of updates and of gradients. The price is in gradients for each visit of a datum. ± is half the width of the 95 % t-interval over three starts."}}
 T_95 = 4.303  # Student's t for three runs, two degrees of freedom
 
 
@@ -865,7 +865,7 @@ for name, new in zip(schemes, (row, 0, chain, chain), strict=False):
     stored = equal_updates[name][0][2]
     print(f"{name}: stores {stored}; a new x costs {new} gradients")
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-schemes", "caption": "How far the exact $\\log p_\\theta(x)$ of the training data lies below its maximum, mean over three starts. Left: equal updates of $\\theta$. Middle: equal gradients; each curve has its own learning-rate schedule and ends where the budget does. Crosses: variational EM in closed form, ten sweeps. Right: divergence to the exact posterior of new data, against gradients spent on each; the encoder spends none."}, "image": {"alt": "Left, five falling curves that end close together. Middle, the same five and the oracle at eleven gradients a visit; curves of schemes that cost more per visit lie to the right, and the two at eleven gradients end highest. Right, two falling curves, and a dot at zero gradients that already lies low."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-vi-schemes", "caption": "How far the exact $\\log p_\\theta(x)$ of the training data lies below its maximum, mean over three starts. Left: equal updates of $\\theta$. Middle: equal gradients; each curve has its own learning-rate schedule and ends where the budget does. Crosses: variational EM in closed form, ten sweeps. Right: divergence to the exact posterior of new data, against gradients spent on each; the encoder spends none."}, "image": {"alt": "Left, five falling curves that end close together. Middle, the same five and the oracle at eleven gradients a visit; curves of schemes that cost more per visit lie to the right, and the two at eleven gradients end highest. Right, two falling curves, and a dot at zero gradients that already lies low."}}
 figure, (*panels, right) = plt.subplots(1, 3, figsize=(8.4, 3.4))
 hues = ("approximation", "bound", "samples", "highlight", "exact", "other")
 for column, runs_of in enumerate((equal_updates, equal_gradients)):
@@ -887,7 +887,7 @@ right.set(yscale="log", xlabel="gradients per new $x$", ylabel="divergence, nats
 right.legend()
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # Look at the intervals, which are over three starts. With equal updates the two chains end close to the oracle: on this model, with its benign posteriors, their gradients are good enough. SVI lags, because each row of its table has been visited only forty times and still trails the moving model, and the amortised scheme depends on the start, because its encoder has to be learnt along the way. With equal gradients the order changes, and *exact* posterior samples, billed at 11 gradients a visit, end as high as the chain that costs 11: their interval overlaps with that of the chain, and lies far above the oracle's. What this panel ranks is the number of updates that a budget buys, not how good each gradient is. And where the steps have closed forms, ten sweeps of variational EM, ten gradients' worth per datum, come about as close as stochastic gradients do with forty.
 #
 # The amortised scheme needs one gradient per visit, because one step moves $\theta$ and $\phi$ together and what one image teaches $\phi$ serves all the others. The stored values agree with what {cite:t}`li2017amc` state: rows take $2ND$ values, $S$ persistent chains per datum $NSD$, an encoder $\lvert\phi\rvert$ whatever $N$ is. At test time everything but the encoder computes again.
@@ -1008,7 +1008,7 @@ for a, b in ((misread, run), (short, default)):
     rows.append((f"{a} minus {b}", difference, None, None))
 markdown_table(["model", "bound, nats", "rate, nats", "active of 32"], rows, 1)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-digits", "caption": "The trained model. Test images and their reconstructions; samples, with $z$ from the prior; a straight walk in latent space between the codes of two test images."}, "image": {"alt": "Four rows of handwritten digits: originals, slightly smoother copies of them, samples most of which look like digits, and one digit that turns into another in small steps."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-vi-digits", "caption": "The trained model. Test images and their reconstructions; samples, with $z$ from the prior; a straight walk in latent space between the codes of two test images."}, "image": {"alt": "Four rows of handwritten digits: originals, slightly smoother copies of them, samples most of which look like digits, and one digit that turns into another in small steps."}}
 codes = encoder(x_test[:14]).mean
 weights = torch.linspace(0, 1, 14, device=device)[:, None]
 z_rows = (codes, vae.prior().sample((14,)), torch.lerp(codes[0], codes[1], weights))
@@ -1057,7 +1057,7 @@ for i, panel in enumerate(panels):
     panel.locator_params(nbins=4)
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # (sec-vi-collapse)=
 # ### Posterior collapse
 #
@@ -1200,7 +1200,7 @@ for k in (4, 6):
     for name in ("IWAE", "STL", "DReG"):
         exact[name, k] = by_quadrature(surrogates[name], k)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-iwae", "caption": "Exact, by quadrature. Left: gap of $\\mathcal{L}_K$ and the dotted line $v / 2K$. Right: signal-to-noise ratio of a single estimate of the gradient: in the mean of $q$ for IWAE, STL and DReG, and, for the decoder, in its bias. Dotted: $1/\\sqrt{K}$ and $\\sqrt{K}$."}, "image": {"alt": "Left, a falling curve that approaches a straight line on logarithmic axes. Right, the ratio of the IWAE encoder falls with K, those of STL and of the decoder rise together, and that of DReG dips at two samples and then rises."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-vi-iwae", "caption": "Exact, by quadrature. Left: gap of $\\mathcal{L}_K$ and the dotted line $v / 2K$. Right: signal-to-noise ratio of a single estimate of the gradient: in the mean of $q$ for IWAE, STL and DReG, and, for the decoder, in its bias. Dotted: $1/\\sqrt{K}$ and $\\sqrt{K}$."}, "image": {"alt": "Left, a falling curve that approaches a straight line on logarithmic axes. Right, the ratio of the IWAE encoder falls with K, those of STL and of the decoder rise together, and that of DReG dips at two samples and then rises."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.0, 3.0))
 left.plot(ks, [log_p_one - exact["IWAE", k][0] for k in ks], "o-", label="gap")
 v = 0.81 / math.sqrt(0.5 * 1.12) * math.exp(0.45**2 / 1.12) - 1  # of w / p(x)
@@ -1226,7 +1226,7 @@ plt.show()
 #
 # Does the objective matter for images? A study of this book trains one decoder on MNIST by three objectives: batches of 100, Adam at 0.001, two passes over the 60,000 images, the output bias at its default, no warm-up, three seeds. The numbers are annealed lower bounds of {doc}`chapter 6 </chapters/06_evaluation_hais>`, which do not depend on the encoder, on the first 100 test images. Differences are paired over images; the interval is Student's, over the three seeds.
 
-# %% tags=["hide-input"] mystnb={"table": {"name": "tab-vi-objectives", "caption": "Annealed lower bounds on $\\log p(x)$ of decoders trained by three objectives, and their differences, paired over the first 100 test images: mean over three seeds ± half the width of the 95 % t-interval over seeds, and the value of each seed. The published rows are of other networks, trainings and estimators."}}
+# %% tags=["hide-input", "slide"] mystnb={"table": {"name": "tab-vi-objectives", "caption": "Annealed lower bounds on $\\log p(x)$ of decoders trained by three objectives, and their differences, paired over the first 100 test images: mean over three seeds ± half the width of the 95 % t-interval over seeds, and the value of each seed. The published rows are of other networks, trainings and estimators."}}
 # NBVAL_CHECK_OUTPUT
 ends, rows = {}, []
 for row, runs in tables.load_study("vae_recap", "laptop").items():
@@ -1247,7 +1247,7 @@ for file, row in published.items():
         rows.append((f"published: {source}", f"-{entry['printed']}", None))
 markdown_table(["laptop runs", "nats per image", "seed by seed"], rows)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # Compare within one source only. In {cite:t}`burda2016iwae`, after 3,280 epochs, the bound and IWAE with $K = 5$ end about a nat apart. In the laptop runs both importance-weighted objectives lead the bound by ten nats and more, in every seed; yet with three seeds the interval of the first difference reaches below zero, and DReG and IWAE do not even agree on the sign of theirs.
 # It is tempting to read from this that the objective decides how fast a decoder learns. It does not follow, for three things are confounded with the objective. The output bias started at its default, and the runs were short, so that much of the training is spent on leaving the collapsed state, which {numref}`sec-vi-collapse` shows to depend on the start. The learning rate was tuned for none of them and never lowered. And IWAE with $K = 5$ sees five draws per image where the bound sees one; the control is the bound averaged over five. Each of the three could explain the lead, and controls have to vary one at a time.
 #
@@ -1296,7 +1296,7 @@ for name, q in zip(names, (q_encoder, q_diagonal, q_full), strict=True):
     below[name] = paired_difference(log_p, elbo(vae, q, x_eval, steps))
 print("from loose to tight:", sorted(names, key=lambda n: -below[n].mean))
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-vi-gaps", "caption": "Nats below the importance-weighted estimate of $\\log p_\\theta(x)$ for the autoencoder of this run, means over random test images, with paired standard errors. Hatched: the amortisation gap of {eq}`eq-vi-gaps`, which fitting $q$ to each image removes; letting $q$ tilt removes part of the rest. Last bar: many importance samples from the encoder."}, "image": {"alt": "Four horizontal bars with their values. The encoder's has an approximation part and a hatched amortisation part; those of the fitted diagonal, the fitted full covariance and the encoder with many samples are shorter."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-vi-gaps", "caption": "Nats below the importance-weighted estimate of $\\log p_\\theta(x)$ for the autoencoder of this run, means over random test images, with paired standard errors. Hatched: the amortisation gap of {eq}`eq-vi-gaps`, which fitting $q$ to each image removes; letting $q$ tilt removes part of the rest. Last bar: many importance samples from the encoder."}, "image": {"alt": "Four horizontal bars with their values. The encoder's has an approximation part and a hatched amortisation part; those of the fitted diagonal, the fitted full covariance and the encoder with many samples are shorter."}}
 figure, ax = plt.subplots(figsize=(6.4, 2.5))
 many = objectives.iwae_bound(vae, q_encoder, x_eval, steps)
 below[f"encoder, K = {steps}"] = paired_difference(log_p, many)
@@ -1314,7 +1314,7 @@ ax.margins(x=0.2)
 ax.legend(loc="lower right")
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # The fitted diagonal $q$ belongs to the encoder's family, but need not serve any other image; what it gains is the amortisation gap. The full covariance shows how much of the rest was due to independence.
 # Importance samples from the encoder win back part of the same loss, but they tighten the bound and leave $q$ as it was.
 #

@@ -11,7 +11,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # # pq versus qp
 #
 # *What the direction of the divergence does to amortised inference.*
@@ -67,7 +67,7 @@ plotting.use_style()
 EXACT, PQ = plotting.COLOURS["exact"], plotting.COLOURS["bound"]
 QP, WAKE = plotting.COLOURS["approximation"], plotting.COLOURS["highlight"]
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## Two losses from one frame
 #
 # Amortised inference asks for one map from observations to distributions that is good on average:
@@ -160,7 +160,7 @@ for name, loss, variance in (("qp", loss_qp, 2.0), ("pq", loss_pq, 0.5)):
     print(f"{name}: entropy {entropy:.4f} nats; ", end="")
     checks.within_error(loss.mean(), entropy, loss.std() / num_draws**0.5)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## Mode-covering and mode-seeking
 #
 # What if no member of the family is exact?
@@ -202,7 +202,7 @@ def walking(phi):
 start = torch.tensor([[0.0, 1.6], [0.0, 1.6], [-3.0, 1.1]])
 (walks,) = divergences.minimise(walking, start, num_steps=240)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-motion", "caption": "Gaussians descend a divergence from the posterior at $x = 10$ (filled). Left: the densities. Right: mean and scale, with the whole paths as thin lines and the present state as dots. pq stays wide over both modes. Both qp walks end on one mode, with the scale of that mode: the one that started in the middle on the higher mode, the one that started on the left on the lower mode. Above the figure: both divergences at the end of each walk."}, "image": {"alt": "Animation. The blue Gaussian of the forward divergence stays wide and centred between the peaks. The solid orange Gaussian of the reverse divergence shrinks onto the higher right peak; the dotted orange one, started on the left, shrinks onto the lower left peak."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-pq-motion", "caption": "Gaussians descend a divergence from the posterior at $x = 10$ (filled). Left: the densities. Right: mean and scale, with the whole paths as thin lines and the present state as dots. pq stays wide over both modes. Both qp walks end on one mode, with the scale of that mode: the one that started in the middle on the higher mode, the one that started on the left on the lower mode. Above the figure: both divergences at the end of each walk."}, "image": {"alt": "Animation. The blue Gaussian of the forward divergence stays wide and centred between the peaks. The solid orange Gaussian of the reverse divergence shrinks onto the higher right peak; the dotted orange one, started on the left, shrinks onto the lower left peak."}}
 styles = ((PQ, "-", "pq"), (QP, "-", "qp"), (QP, ":", "qp from the left"))
 
 
@@ -257,7 +257,7 @@ for (mean, log_scale), v in zip(walks3[-1].tolist(), value, strict=True):
     print(f"N({mean:.2f}, {math.exp(log_scale):.2f}²): KL(q‖p) = {v:.4f}")
 checks.ordered(value[1], value[0], label="the wider one is the better one")
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ### One family that holds both
 #
 # The two directions are members of one family. For a convex $f$ with $f(1) = 0$ the *f-divergence* is
@@ -321,7 +321,7 @@ print("Jensen–Shannon: covering {:.2f}, seeking {:.2f}".format(*shannon[:, 2])
 checks.close(branches[0, 1, :2], [5.0, 0.995], atol=0.002, label="alpha = 0")
 checks.close(branches[10, 0, :2], [1.2504, 4.9046], atol=0.002, label="alpha = 1")
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-alpha", "caption": "Alpha divergences from the posterior at $x = 5$. Left: where descent from the covering start (blue) and from the start on the larger mode (orange) ends, as the scale of the Gaussian; a filled marker is the better of the two. Right: the divergence at both. The optimum does not move gradually from one end to the other: two optima coexist, and the better one changes where the curves cross (dotted). At $\\alpha = 0$ only the seeking one is left, from 0.9 on only the covering one."}, "image": {"alt": "Left: the scale of the blue branch stays between 4.3 and 5 down to alpha 0.1 and is 1 at alpha zero; the orange branch is at 1 up to alpha 0.8 and joins the blue one at 0.9. Filled markers are orange up to 0.6 and blue from 0.7. Right: the two divergences against alpha cross near 0.63."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-pq-alpha", "caption": "Alpha divergences from the posterior at $x = 5$. Left: where descent from the covering start (blue) and from the start on the larger mode (orange) ends, as the scale of the Gaussian; a filled marker is the better of the two. Right: the divergence at both. The optimum does not move gradually from one end to the other: two optima coexist, and the better one changes where the curves cross (dotted). At $\\alpha = 0$ only the seeking one is left, from 0.9 on only the covering one."}, "image": {"alt": "Left: the scale of the blue branch stays between 4.3 and 5 down to alpha 0.1 and is 1 at alpha zero; the orange branch is at 1 up to alpha 0.8 and joins the blue one at 0.9. Filled markers are orange up to 0.6 and blue from 0.7. Right: the two divergences against alpha cross near 0.63."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.0, 2.8))
 better = branches[..., 2].argmin(1)
 for i, colour, label in ((0, PQ, "covering start"), (1, QP, "seeking start")):
@@ -339,7 +339,7 @@ left.legend(fontsize=8, loc="lower right")
 right.set(ylabel="divergence (nats)", ylim=(0, 3))
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # The ends of the curve are the two known answers. Between them one might expect a compromise, a Gaussian a little wider than one mode.
 # There is none: a Gaussian either spans the gap or it does not, each is a local optimum over a wide range of $\alpha$, and the better one changes abruptly.
 # A Gaussian of intermediate width would pay for the gap without having reached the second mode.
@@ -369,7 +369,7 @@ plt.show()
 # The note publishes no settings. Here every encoder takes `num_steps` steps of Adam, whose size falls to zero along a cosine, and every step sees `batch_size` new observations unless the text says otherwise.
 
 
-# %%
+# %% tags=["slide"]
 def train(encoder, loss_fn, *arguments, step_size=0.01):
     """Minimise ``loss_fn(encoder, *arguments)``, [num_seeds, B]."""
     optimiser = torch.optim.Adam(encoder.parameters(), lr=step_size, fused=True)
@@ -449,7 +449,7 @@ slip = {name: float(excess(name, 0.0, 0.5)) for name in affine}
 for name, price in slip.items():
     print(f"stopping at c = 0.5 would cost {price:.4f} nats of {name} loss")
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-affine", "caption": "Example 1: the three encoder parameters, and the excess of each expected loss over its minimum (exact, from the parameters), during training; one thin line for each seed. Dotted in the first three panels: the optimum {eq}`eq-pq-gaussian`, and in the panel of $c$, fainter, the value that the note prints for $c^*$. Dotted in the right panel: what each loss would have lost there, as computed above."}, "image": {"alt": "Four panels against the training step. The traces of a, b and c of both losses from all seeds run together onto the dotted optimum; c settles at 0.71, well above the printed 0.5. The excess losses fall from about one nat to about one thousandth, far below the two dotted levels."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-pq-affine", "caption": "Example 1: the three encoder parameters, and the excess of each expected loss over its minimum (exact, from the parameters), during training; one thin line for each seed. Dotted in the first three panels: the optimum {eq}`eq-pq-gaussian`, and in the panel of $c$, fainter, the value that the note prints for $c^*$. Dotted in the right panel: what each loss would have lost there, as computed above."}, "image": {"alt": "Four panels against the training step. The traces of a, b and c of both losses from all seeds run together onto the dotted optimum; c settles at 0.71, well above the printed 0.5. The excess losses fall from about one nat to about one thousandth, far below the two dotted levels."}}
 figure, axes = plt.subplots(1, 4, figsize=(7.6, 2.5))
 for name, colour, line in (("pq", PQ, "-"), ("qp", QP, "--")):
     a, b, log_c = torch.stack(affine[name].path)[:, :, 0].unbind(-1)
@@ -468,7 +468,7 @@ axes[0].legend(fontsize=8)
 axes[3].set(yscale="log", ylim=(1e-5, 20))
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # Every seed and both losses find the corrected value. Too small a scale costs the mode-covering loss more than the mode-seeking one ({ref}`ex-pq-slip` asks why).
 #
 # (sec-pq-mixture)=
@@ -535,7 +535,7 @@ def averages(q, x=x_grid, weight=density):
     return [(weight * k).sum(-1) for k in (kl(log_p, log_q), kl(log_q, log_p))]
 
 
-# %% mystnb={"table": {"name": "tab-pq-divergences", "caption": "Both divergences in example 2, in nats, averaged over $p(x)$ by quadrature: one value for the encoder of each seed. The last two rows are the Gaussians that minimise one of the two at every $x$ alone."}}
+# %% tags=["slide"] mystnb={"table": {"name": "tab-pq-divergences", "caption": "Both divergences in example 2, in nats, averaged over $p(x)$ by quadrature: one value for the encoder of each seed. The last two rows are the Gaussians that minimise one of the two at every $x$ alone."}}
 kls = {"pq": averages(at(cover, x_grid))}
 kls["qp, cold start"] = averages(at(cold, x_grid))
 kls["qp, warm start from pq"] = averages(at(warm, x_grid))
@@ -615,7 +615,7 @@ for ax, x in zip(axes, (0.0, 5.0, 10.0, 20.0, 50.0), strict=True):
     ax.set(ylim=(0, 0.45), yticks=() if x else (0, 0.2, 0.4))
 plt.show()
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-mixture", "caption": "Example 2, every seed: mean and scale of the encoders against $x$. Wide pale lines are the optima {eq}`eq-pq-optima`; thin lines are pq, qp from the warm and from the cold start, and pq trained on the wide proposal. Shaded: the two densities of training observations, not to one scale. The learned scale follows its optimum where training observations are common."}, "image": {"alt": "Left: pq means follow an S-shaped curve; warm qp means jump from minus 5 to plus 5 near zero; cold qp means differ between seeds. Right: qp scales are near 1 except at the jump; pq scales peak at 5 and follow their optimum to about x = 30, then stay above 2, while those trained on the wide proposal follow it down to 1."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-pq-mixture", "caption": "Example 2, every seed: mean and scale of the encoders against $x$. Wide pale lines are the optima {eq}`eq-pq-optima`; thin lines are pq, qp from the warm and from the cold start, and pq trained on the wide proposal. Shaded: the two densities of training observations, not to one scale. The learned scale follows its optimum where training observations are common."}, "image": {"alt": "Left: pq means follow an S-shaped curve; warm qp means jump from minus 5 to plus 5 near zero; cold qp means differ between seeds. Right: qp scales are near 1 except at the jump; pq scales peak at 5 and follow their optimum to about x = 30, then stay above 2, while those trained on the wide proposal follow it down to 1."}}
 figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.2))
 for q, colour in zip(best_gaussians(x_wide), (PQ, QP), strict=True):
     for ax, output in zip(axes, (q.mean, q.stddev), strict=True):
@@ -634,7 +634,7 @@ axes[1].set(xlabel="$x$", title="scale $s(x)$", ylim=(0, 7.5))
 axes[1].legend(fontsize=8, ncols=2, loc="upper center")
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # (sec-pq-discrete)=
 # ## Example 3: keep the component
 #
@@ -669,7 +669,7 @@ class BranchEncoder(nn.Module):
         return traces.Branches(Categorical(logits=self.branch(x)), value)
 
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # The qp loss meets its first obstacle: no gradient passes through a draw of $c$.
 # With two values there is no need to draw. The sum over $c$ is exact, and $z$ stays reparameterised inside each branch:
 #
@@ -777,7 +777,7 @@ def show_outputs(axes, q, x, **style):
         axes[panel].plot(x, output.movedim(-2, 0).flatten(1), **style)
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-joint", "caption": "Example 3, every seed. Top: posterior of $z$ at four observations, exact (filled), learned by pq (solid) and qp (dashed), and a histogram of resampled importance samples from the pq encoder (grey steps). Bottom: the network outputs against $x$, exact values as wide pale lines; in the middle panel the upper branch belongs to $c = +$ and the lower one to $c = -$."}, "image": {"alt": "Top: four panels for x from 0 to 20; learned densities and the histogram lie on the exact two-peaked density. Bottom: the probability of the right cluster is a sigmoid, the two branch means are nearly flat lines near plus and minus 5, the scales are near 1. Learned lines follow exact ones where observations are common."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-pq-joint", "caption": "Example 3, every seed. Top: posterior of $z$ at four observations, exact (filled), learned by pq (solid) and qp (dashed), and a histogram of resampled importance samples from the pq encoder (grey steps). Bottom: the network outputs against $x$, exact values as wide pale lines; in the middle panel the upper branch belongs to $c = +$ and the lower one to $c = -$."}, "image": {"alt": "Top: four panels for x from 0 to 20; learned densities and the histogram lie on the exact two-peaked density. Bottom: the probability of the right cluster is a sigmoid, the two branch means are nearly flat lines near plus and minus 5, the scales are near 1. Learned lines follow exact ones where observations are common."}}
 figure, axes = plt.subplot_mosaic("000111222333;ppppmmmmssss", figsize=(7.6, 4.8))
 learners = ((joint["pq"], PQ, "-"), (joint["qp"], QP, "--"))
 x_band = torch.linspace(-40, 40, 161).unsqueeze(-1)
@@ -797,7 +797,7 @@ for panel, title in titles.items():
 axes["s"].set_ylim(0, 2)
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ### When the sum is too long
 #
 # With many discrete variables no one can sum. Three ways remain to follow $\nabla_\phi \mathbb{E}_{q_\phi(c)}[f(c)]$.
@@ -852,13 +852,13 @@ for name, bound in bounds.items():
 spread = {name: float(g.std()) for name, g in grads.items()}
 print("from quiet to noisy:", "; ".join(sorted(spread, key=spread.get)))
 
-# %% mystnb={"table": {"name": "tab-pq-gradients", "caption": "Estimators of the derivative of the bound in one logit, each from two evaluations of $f$: bias against the exact derivative, the standard error of that bias, and the standard deviation of a single estimate."}}
+# %% tags=["slide"] mystnb={"table": {"name": "tab-pq-gradients", "caption": "Estimators of the derivative of the bound in one logit, each from two evaluations of $f$: bias against the exact derivative, the standard error of that bias, and the standard deviation of a single estimate."}}
 error = {name: s / num_draws**0.5 for name, s in spread.items()}
 rows = [[n, float(g.mean()) - truth, error[n], spread[n]] for n, g in grads.items()]
 titles = ["two evaluations of f", "bias", "± its error", "spread of one estimate"]
 results.markdown_table(titles, rows, 3)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # The last column ranks the estimators, and the second one says which of them estimate the right thing.
 # With the noise of $z$ shared between its two terms, the exact sum is the least noisy by far.
 # The control variate costs a subtraction and removes a good part of the spread of the score function.
@@ -898,7 +898,7 @@ x_band = torch.linspace(-8, 8, 161).unsqueeze(-1)
 off = branch_error(opener, universe, x_band)
 claim("all paths: probability within 0.05 for |x| <= 8, every seed", off < 0.05)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-universe", "caption": "Example 4, first step: inferred and true posteriors. Left: the probability of one variable (blue) and, given two, of the right component (orange); exact values as wide pale lines, every seed as a thin one. Right: the value $z$ at three observations, exact (filled) and learned (lines)."}, "image": {"alt": "Left panel: the probability of one variable is near one for small x and falls to zero beyond 2.8; the probability of the right component given two is a sigmoid. Right panels: densities of z at x equal to 1, 2.5 and 5, with learned lines on the exact shapes, two-peaked at 2.5."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-pq-universe", "caption": "Example 4, first step: inferred and true posteriors. Left: the probability of one variable (blue) and, given two, of the right component (orange); exact values as wide pale lines, every seed as a thin one. Right: the value $z$ at three observations, exact (filled) and learned (lines)."}, "image": {"alt": "Left panel: the probability of one variable is near one for small x and falls to zero beyond 2.8; the probability of the right component given two is a sigmoid. Right panels: densities of z at x equal to 1, 2.5 and 5, with learned lines on the exact shapes, two-peaked at 2.5."}}
 figure, axes = plt.subplots(1, 4, figsize=(7.6, 2.6), width_ratios=(2, 1, 1, 1))
 thick, thin = {"lw": 5, "alpha": 0.3}, {"lw": 1}
 for q, style in ((universe.posterior(x_band), thick), (at(opener, x_band), thin)):
@@ -913,7 +913,7 @@ for ax, x in zip(axes[1:], (1.0, 2.5, 5.0), strict=True):
     ax.set(xlim=(-3, 8))
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # **A program without a bound.** A scale shows the total weight $x$ of an unknown number of parcels. After each parcel a coin decides whether there is another one:
 #
 # $$
@@ -1044,7 +1044,7 @@ for name, rank in ranks.items():
     holds = misfit.min() > 3 if fails else misfit.max() < 1.95
     claim(f"{name}: misfit {'above 3' if fails else 'below 1.95'}", holds)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-parcels", "caption": "The unbounded program. Left: $P(n \\mid x)$ for $n = 1, \\dots, 5$, exact (wide pale lines) and learned by the encoder that runs along the trace (thin, every seed). Right: simulation-based calibration, first seed: the empirical distribution of the ranks minus the uniform one, for the misfit (solid) and the first weight (dotted); shaded: the band that uniform ranks leave once in a thousand times."}, "image": {"alt": "Left: five bumps, one for each number of parcels, that overlap; thin lines lie on the pale ones. Right: all dotted curves and the solid blue one stay within the band around zero; the solid orange curve of the mean-field encoder and the solid olive curve of the prior leave it widely."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-pq-parcels", "caption": "The unbounded program. Left: $P(n \\mid x)$ for $n = 1, \\dots, 5$, exact (wide pale lines) and learned by the encoder that runs along the trace (thin, every seed). Right: simulation-based calibration, first seed: the empirical distribution of the ranks minus the uniform one, for the misfit (solid) and the first weight (dotted); shaded: the band that uniform ranks leave once in a thousand times."}, "image": {"alt": "Left: five bumps, one for each number of parcels, that overlap; thin lines lie on the pale ones. Right: all dotted curves and the solid blue one stay within the band around zero; the solid orange curve of the mean-field encoder and the solid olive curve of the prior leave it widely."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.0))
 for n in range(5):
     left.plot(x_parcels, exact[:, n], color=EXACT, lw=5, alpha=0.3)
@@ -1065,7 +1065,7 @@ right.set(xlabel="rank", ylabel="ECDF minus uniform")
 right.legend(fontsize=8)
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # Calibration convicts the mean-field encoder by the misfit: its parcels do not add up to $x$, because no parcel knows what the others weigh, while the number and each weight alone look right.
 # It also shows the weakness of the test. An encoder that ignores $x$ passes for every statistic of the trace alone, since over many simulations the truth *is* a draw from the prior.
 # Only a statistic that involves $x$ can reveal it.
@@ -1114,7 +1114,7 @@ for name, surrogate in surrogates.items():
     direction = "rises" if slope > 0 else "falls"
     print(f"{name}: {direction} more than twofold from K = 2 to 32")
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-snr", "caption": "Signal-to-noise ratio of one encoder gradient (norm of its mean over the root of its total variance) against the number of particles, in example 1. Dotted guides have slopes $+\\tfrac12$ and $-\\tfrac12$."}, "image": {"alt": "Log-log plot. The ratio falls with slope about one half for the plain importance-weighted bound, and rises with slope about one half for its doubly reparameterised gradient and, more steeply at first, for wake-phi."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-pq-snr", "caption": "Signal-to-noise ratio of one encoder gradient (norm of its mean over the root of its total variance) against the number of particles, in example 1. Dotted guides have slopes $+\\tfrac12$ and $-\\tfrac12$."}, "image": {"alt": "Log-log plot. The ratio falls with slope about one half for the plain importance-weighted bound, and rises with slope about one half for its doubly reparameterised gradient and, more steeply at first, for wake-phi."}}
 figure, ax = plt.subplots(figsize=(5.6, 3.0))
 looks = (("o--", QP), ("D-", WAKE), ("s:", plotting.COLOURS["samples"]))
 for (name, ratio), (mark, colour) in zip(ratios.items(), looks, strict=True):
@@ -1128,7 +1128,7 @@ ax.minorticks_off()
 ax.legend(fontsize=8)
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # (sec-pq-collapse)=
 # ### When wake-phi loses a mode
 #
@@ -1220,7 +1220,7 @@ claim("shared, K = 10: so do x = 5, 10", woken["shared", 10][:, 1:3].max() < 1.3
 claim("free, K = 50: x <= 15 stay within 10 %", kept("free", 50)[:4].max() < 0.1)
 claim("shared, K = 50: x >= 10 collapse", woken["shared", 50][:, 2:].max() < 1.7)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-collapse", "caption": "Scale of the encoder after wake-$\\phi$ training from the moments (pale line), for 10, 50 and 100 particles, every seed. Left: free parameters for each observation. Right: one network shared by all observations. The lower pale line is the scale of a single mode."}, "image": {"alt": "Two panels, scale against x. Left: points stay on the upper line for small x and drop to 1 at 15, 20 and 30 for 10, 50 and 100 particles. Right: the drop comes earlier for every number of particles; with ten particles all scales from x = 5 on are 1."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-pq-collapse", "caption": "Scale of the encoder after wake-$\\phi$ training from the moments (pale line), for 10, 50 and 100 particles, every seed. Left: free parameters for each observation. Right: one network shared by all observations. The lower pale line is the scale of a single mode."}, "image": {"alt": "Two panels, scale against x. Left: points stay on the upper line for small x and drop to 1 at 15, 20 and 30 for 10, 50 and 100 particles. Right: the drop comes earlier for every number of particles; with ten particles all scales from x = 5 on are 1."}}
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), sharey=True)
 for ax, kind in zip(axes, ("free", "shared"), strict=True):
     ax.plot(x_free, match.stddev, color=PQ, lw=5, alpha=0.25)
@@ -1234,7 +1234,7 @@ axes[0].set_ylabel("scale of $q$")
 axes[1].legend(fontsize=8, ncols=3, loc="upper center")
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # The free parameters do what the bias predicts. The collapse begins in the tail, and more particles move its onset outwards.
 # The shared network collapses further in, at observations where free parameters keep both modes under the same loss: amortisation spreads the collapse. The scale is a smooth function of $x$ with few parameters, and what the tail teaches it carries to the centre.
 # Whoever sees an encoder lose modes everywhere should therefore look for the observations where the loss itself fails first.
@@ -1291,7 +1291,7 @@ alone = errors["wake-φ, K = 10"][0]
 claim("wake-φ alone loses a mode on usual x", alone.min() > 5)
 claim("with pq beside it, it does not", errors["wake-φ and pq"][0].max() < 1)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # (Each cell lists the seeds.) Every encoder that was trained on faulty $x$ is nearly right about it. On the usual $x$ wake-$\phi$ alone is as mode-seeking as qp, for the reason of {ref}`sec-pq-collapse`,
 # and the sensor has no part in it. Simulated pairs know both modes, and with them in the loss the encoder keeps both.
 #
@@ -1372,7 +1372,7 @@ for first, last in zip(begin[:, 0].tolist(), mu_path[-1, :, 0], strict=True):
 claim("starts up to 2.5 merge", mu_path[-1, :3].max() < 1.2)
 claim("the others end at 9, within 0.3", (mu_path[-1, 3:] - 9).abs().max() < 0.3)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-pq-theta", "caption": "Learning the cluster centre $\\mu$; the data come from $\\mu = 5$ (dotted). Left: mean evidence, and the bound {eq}`eq-pq-theta` with the best Gaussian for every observation. Right: joint training of $\\mu$ and the Gaussians, from seven starts. The bound has its global maximum where the clusters merge and a local one near 9; a minimum near 3 divides their basins."}, "image": {"alt": "Left: the evidence is nearly flat with a maximum at 5. The bound touches it at 0, falls to a minimum near 3 and rises to a lower maximum near 9. Right: trajectories of mu against the step; those from 1, 2 and 2.5 fall below 1, all others end at 9, including the one that starts at the truth."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-pq-theta", "caption": "Learning the cluster centre $\\mu$; the data come from $\\mu = 5$ (dotted). Left: mean evidence, and the bound {eq}`eq-pq-theta` with the best Gaussian for every observation. Right: joint training of $\\mu$ and the Gaussians, from seven starts. The bound has its global maximum where the clusters merge and a local one near 9; a minimum near 3 divides their basins."}, "image": {"alt": "Left: the evidence is nearly flat with a maximum at 5. The bound touches it at 0, falls to a minimum near 3 and rises to a lower maximum near 9. Right: trajectories of mu against the step; those from 1, 2 and 2.5 fall below 1, all others end at 9, including the one that starts at the truth."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.0))
 left.plot(mus, evidence, color=EXACT, label="evidence")
 left.plot(mus, best_bound, color=QP, ls="--", label="best Gaussian bound")
@@ -1384,7 +1384,7 @@ right.axhline(5, **plotting.LINES["reference"])
 right.set(xlabel="step", ylabel="centre $\\mu$", ylim=(0, 11.5))
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # Training that starts *at the truth* leaves it, and which wrong answer it finds depends on where it starts. The evidence is no guide here:
 # with this much noise it is almost flat in $\mu$, so a gap of a few tenths of a nat decides. A richer family is the remedy: with the encoder of example 3, whose family contains the posterior, the second term of {eq}`eq-pq-theta` can be zero for every $\mu$ and the bound is the evidence.
 # More data is none, because the bias belongs to the bound and not to the sample.

@@ -11,7 +11,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # # Iterative inference: learning to infer
 #
 # *An encoder that looks at its own mistake and answers again.*
@@ -80,7 +80,7 @@ from amortised.training import fit, half_cosine
 torch.distributions.Distribution.set_default_validate_args(False)  # speed
 plotting.use_style()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## One loop, four ways to infer
 #
 # The approximation for one observation is $q(z; \lambda) = \mathcal{N}(z; \mu, \operatorname{diag} \sigma^2)$ with $\lambda = (\mu, \log \sigma)$, and its quality is the bound
@@ -102,7 +102,7 @@ plotting.use_style()
 # So all of them fit into one loop. Here it is in full; the library's {py:func}`amortised.iterative.refine` is the same with checks.
 
 
-# %%
+# %% tags=["slide"]
 def infer(model, step, x, num_steps):
     """Repeat a step from the prior; the bound of each example after every one."""
     state, bounds = inference.start_at_prior(model, x), []
@@ -153,7 +153,7 @@ for name, inputs in {"iterative": ("x", "gradient"), "standard": ("x",)}.items()
         inference.iterative_step(x_toy, small, encoder, optimizers, **settings)
         print(f"{name}, T = {num_iterations}: {len(calls)} passes of the decoder")
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # A standard encoder asks for no look at the decoder before it answers, hence one pass fewer.
 #
 # ## What the gradient knows
@@ -216,7 +216,7 @@ for name, (form, truth) in forms.items():
     shown = "below 1e-5" if error < 1e-5 else f"{error:.2f}"
     print(f"{name:36} largest error {shown}")
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # Errors are shares of the largest entry of the gradient. The corrected forms agree with automatic differentiation to rounding, and the three slips are no small matter.
 #
 # ### Data or gradient, which to encode?
@@ -241,7 +241,7 @@ for name, read in {"x": x_toy, "gradient": at_prior}.items():
     print(f"from {name}: largest error below 1e-5: {bool(error < 1e-5)}")
 
 
-# %%
+# %% tags=["slide"]
 # NBVAL_CHECK_OUTPUT
 def newton(state):
     step = torch.linalg.solve(M, state.gradient[:, :2].T).T
@@ -353,7 +353,7 @@ print(
 )
 print("and better when it is taken five times:", again.mean > 2 * again.se)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # On MNIST the equivalence fails, as the dimension count said it may. One gradient at the prior is a poor substitute for the image, and beside the image it did not help in this run. What a gradient offers is that it can be *taken again*, at the new estimate, where it reports what the image alone cannot: how the decoder responds to this very answer. The published readings agree: with gradients alone the source needs 16 iterations to pass a standard encoder, and 5 with $x$ beside them ({ref}`the table below <sec-it-ablation>`).
 #
 # (sec-it-levels)=
@@ -418,7 +418,7 @@ lost = paired_difference(reached["whole"], reached["bottom-up only"])
 assert lost.mean > 4 * lost.se
 print(f"the top-down term is worth {lost.mean:.1f} nats an observation here")
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # So a gradient without the term is a wrong gradient. But mind what this does *not* show. For fixed $\theta$ the best $\lambda$ for an image is some function of that image, and a large enough bottom-up encoder can represent it: it must then learn, in its own weights, what the prior networks know already, and learn it again whenever they change. A *ladder* encoder {cite:p}`sonderby2016ladder` hands it that knowledge: it weighs a bottom-up estimate of $z^1$ by precision against the prior given $z^2$, in one pass and without any gradient.
 # It is the control for the claim that *gradients* are what justifies top-down inference. The table {ref}`below <sec-it-results>` has the three side by side.
 #
@@ -441,7 +441,7 @@ copies = x_one.expand(len(grid), -1)
 surface = inference.level_elbo(plane, gaussian(lam), copies, 20)[0]
 surface = surface.reshape(num_grid, num_grid).T
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-it-plane", "caption": "The bound of one test digit over the means of its two latents, at the scales on which the encoder settles (darker: lower; dashed contours 10, 30, 100 and 300 nats below the highest point of the grid). There are two hills, the higher one at the left. Each frame adds one iteration of the learned optimiser, from the prior (circle) and from four other starts (squares)."}, "image": {"alt": "An animation: on a grey relief with two light hills five paths of an iterative encoder start at the centre and near the corners. After one step all are near the summit of the higher hill, and later steps stay there; one start was at the foot of the lower hill."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-it-plane", "caption": "The bound of one test digit over the means of its two latents, at the scales on which the encoder settles (darker: lower; dashed contours 10, 30, 100 and 300 nats below the highest point of the grid). There are two hills, the higher one at the left. Each frame adds one iteration of the learned optimiser, from the prior (circle) and from four other starts (squares)."}, "image": {"alt": "An animation: on a grey relief with two light hills five paths of an iterative encoder start at the centre and near the corners. After one step all are near the summit of the higher hill, and later steps stay there; one start was at the foot of the lower hill."}}
 top = surface - surface.max()
 inks = (
     {"cmap": "Greys_r", "alpha": 0.6},
@@ -491,7 +491,7 @@ left.set_title("prior, iterations 1, 2, 3, 4, 5 and 10")
 right.set_title("digit")
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## A race against hand-made optimisers
 #
 # How good an optimiser is it? We fix the decoder of the iterative model and start everybody at the prior. The rivals are SGD, SGD with momentum 0.9, RMSProp and Adam, on the same gradients with one draw each. Every rival is tuned: a learning rate is chosen from the printed grid by its mean bound over the last ten of 60 steps on 50 training images that no race uses. An untuned rival would prove nothing.
@@ -542,7 +542,7 @@ spent = torch.tensor([torch.nan])  # the gradient that the encoder has read
 curves["encoder, then Adam, slower"] = torch.cat([spent, trace.elbo.mean(1)])
 final["encoder, then Adam, slower"] = trace.parameters[-1]
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-it-race", "caption": "Left: mean bound on the test digits against the number of gradients taken, each a pass through the decoder and back, from the prior. One draw for each estimate. The iterative encoder was trained for 5 iterations and runs for 20. Right: root mean square of the gradient in $\\lambda$ along the iterations of the encoder; it is estimated with one draw, whose noise stays when the gradient itself is small."}, "image": {"alt": "Left, seven curves that rise to a plateau near -120 nats: the encoder's at its second gradient, those of SGD, momentum, RMSProp and Adam within tens of gradients, that of the slower Adam only at some hundreds; the curve that starts at the encoder lies on the plateau from its beginning. Right, the size of the gradient falls tenfold at the first iteration and stays flat afterwards."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-it-race", "caption": "Left: mean bound on the test digits against the number of gradients taken, each a pass through the decoder and back, from the prior. One draw for each estimate. The iterative encoder was trained for 5 iterations and runs for 20. Right: root mean square of the gradient in $\\lambda$ along the iterations of the encoder; it is estimated with one draw, whose noise stays when the gradient itself is small."}, "image": {"alt": "Left, seven curves that rise to a plateau near -120 nats: the encoder's at its second gradient, those of SGD, momentum, RMSProp and Adam within tens of gradients, that of the slower Adam only at some hundreds; the curve that starts at the encoder lies on the plateau from its beginning. Right, the size of the gradient falls tenfold at the first iteration and stays flat afterwards."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.8), width_ratios=(2, 1))
 orange = plotting.COLOURS["approximation"]
 styles = {"iterative encoder": {"lw": 2.6, "color": orange}}
@@ -574,7 +574,7 @@ own = needed["iterative encoder"]
 print("the encoder is there within 5 gradients:", own <= 5)
 print("every rival needs at least five times as many:", quickest >= 5 * own)
 
-# %% mystnb={"table": {"name": "tab-it-race", "caption": "The race: chosen learning rate, gradients until the mean bound is within 2 nats of the encoder's fifth iteration, final bound in nats, and how far it is above the encoder's after five iterations, paired over images. ± is the standard error over images."}}
+# %% tags=["slide"] mystnb={"table": {"name": "tab-it-race", "caption": "The race: chosen learning rate, gradients until the mean bound is within 2 nats of the encoder's fifth iteration, final bound in nats, and how far it is above the encoder's after five iterations, paired over images. ± is the standard error over images."}}
 ends = {n: bound(iterative, gaussian(end), x_test) for n, end in final.items()}
 reference, rows = ends["iterative encoder"], []
 for name, value in ends.items():
@@ -599,7 +599,7 @@ for row, label in {"standard": "standard", "iterative": "iterative, T = 5"}.item
     rows.append([label, len(facts), sum(cost) / len(cost) if cost else None])
 markdown_table(["model", "seeds", "milliseconds for an update"], rows, 1)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # An update with an iterative encoder takes several times as long. A comparison at equal updates favours it, one at equal seconds the standard encoder; the large study has rows for both.
 #
 # (sec-it-square)=
@@ -639,7 +639,7 @@ rows = [
 header = ["decoder trained by \\ inference", "standard", "iterative", "optimised"]
 markdown_table(header, rows)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-it-square", "caption": "Decoders by inferences, from the study `iterative_small`: mean bound on 300 test digits. A dot is a training seed, a line joins the means over seeds. Differences along a line are due to inference, differences between the lines to the decoder."}, "image": {"alt": "A line for each training over three inferences, standard, iterative and optimised, with a dot for each seed; every line rises from left to right, most from iterative to optimised. The line of the standard training at equal seconds lies more than ten nats above the other two, whose dots overlap."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-it-square", "caption": "Decoders by inferences, from the study `iterative_small`: mean bound on 300 test digits. A dot is a training seed, a line joins the means over seeds. Differences along a line are due to inference, differences between the lines to the decoder."}, "image": {"alt": "A line for each training over three inferences, standard, iterative and optimised, with a dot for each seed; every line rises from left to right, most from iterative to optimised. The line of the standard training at equal seconds lies more than ten nats above the other two, whose dots overlap."}}
 figure, ax = plt.subplots(figsize=(5.6, 3.2))
 styles = {
     "standard": "bound",
@@ -674,7 +674,7 @@ for row, by in cells.items():
     assert found.mean > found.half_width
     print(f"inference, iterative minus standard, decoder of {row}: {found.text()}")
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # Three findings, each asserted. *Inference*: on every decoder the iterative encoder ends above the standard one that was trained beside it with the same number of updates, and the interval over seeds excludes zero. *Decoders at equal updates*: the iterative training is ahead on average, but the interval holds zero: one training differs from the next by as much. *Decoders at equal seconds*: the standard training, which has time for more than three times as many updates, ends with the better decoder, and by far. All three trainings are short, so this is a statement about a budget of some minutes; the larger study asks again with longer ones. Optimisation adds more to each decoder than the choice of encoder does.
 #
 # ## Beyond the source
@@ -706,7 +706,7 @@ gap = bound(standard, local, x_test) - bound(standard, q, x_test)
 rows.append(["standard, own decoder", mean_and_se(gap), None])
 markdown_table(["encoder", "gap to the optimum", "share of t = 1 closed"], rows, 2)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-it-gaps", "caption": "Distribution over test digits of the amortisation gap: of the iterative encoder after 1, 2, 5 and 10 iterations, and of the standard encoder with its own decoder. A curve further to the left is better."}, "image": {"alt": "Five cumulative curves over the gap in nats. That of the first iteration lies furthest right among the iterative ones; those of iterations 5 and 10 nearly coincide."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-it-gaps", "caption": "Distribution over test digits of the amortisation gap: of the iterative encoder after 1, 2, 5 and 10 iterations, and of the standard encoder with its own decoder. A curve further to the left is better."}, "image": {"alt": "Five cumulative curves over the gap in nats. That of the first iteration lies furthest right among the iterative ones; those of iterations 5 and 10 nearly coincide."}}
 figure, ax = plt.subplots(figsize=(5.6, 3.2))
 share = torch.arange(1, num_images + 1) / num_images
 for t, alpha in {1: 0.35, 2: 0.55, 5: 1.0, 10: 0.8}.items():
@@ -734,12 +734,12 @@ print(
     bool((gaps[10].mean() - gaps[5].mean()).abs() < 1),
 )
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ### Refinement tightens the bound; the evidence stays
 #
 # The evidence $\log p_\theta(x)$ belongs to the decoder. Whoever refines $q$ at test time raises the *bound*, and the importance-weighted estimate as far as its proposal was poor, but no refinement can raise what is estimated. Bounds before and after refinement must not be read as likelihoods of two models.
 
-# %% mystnb={"table": {"name": "tab-it-evidence", "caption": "What four more iterations of the encoder add, in nats, to the bound and to the importance-sampling estimate of $\\log p_\\theta(x)$: mean ± standard error of the paired differences over 100 test images."}}
+# %% tags=["slide"] mystnb={"table": {"name": "tab-it-evidence", "caption": "What four more iterations of the encoder add, in nats, to the bound and to the importance-sampling estimate of $\\log p_\\theta(x)$: mean ± standard error of the paired differences over 100 test images."}}
 estimates, few = {}, x_test[:100]
 sampling = {"num_samples": num_importance, "seed": seed}
 for t in (1, 5):
@@ -795,7 +795,7 @@ for name, (best, found) in trials.items():
     size = "under 5" if short < 5 else "5 to 100" if short < 100 else "over 100"
     print(f"{name}: iterating helps: {gain.mean > 2 * gain.se}; {size} nats short")
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # The last three columns are differences from the first, in pairs; the printed lines say what iterating does in each trial, and how far the fifth iteration stays below local optimisation. Iterating always helps, and only for inputs near to digits does it help enough. On noise that no digit has, and with a decoder whose coordinates it never saw, the gradient is read by a network that has met no such gradient, and the answer stays far from one that a plain optimiser finds. What was learned is an update rule for digits under one decoder.
 #
 # ### When can an encoder be exact at all?
@@ -807,7 +807,7 @@ for name, (best, found) in trials.items():
 #
 # The published readings are from a figure, to about a tenth of a nat; ours are bounds of a recorded study with 1,200 updates, much shorter than the source's training.
 
-# %% tags=["hide-input"] mystnb={"table": {"name": "tab-it-ablation", "caption": "Ablation on MNIST: bounds in nats, published (read from a figure) and recorded, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: no such value."}}
+# %% tags=["hide-input", "slide"] mystnb={"table": {"name": "tab-it-ablation", "caption": "Ablation on MNIST: bounds in nats, published (read from a figure) and recorded, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: no such value."}}
 labels = {f"standard_k{k}": f"standard, draws: {k}" for k in (1, 5, 10)}
 sources = {f"standard_k{k}": f"standard (x) samples={k}" for k in (1, 5, 10)}
 kinds = {"gradient_x": "gradient and x", "errors_x": "errors and x"}
@@ -835,7 +835,7 @@ tables.study_table("iterative_ablation", labels, "elbo", printed, ["laptop"])
 # "Iterative inference models outperform comparable standard inference models across data sets": is it so, at equal samples and equal latents, and at equal seconds? For MNIST the source's code trains the iterative model with ten draws and the standard one with one; the poster's ablation gives ten draws alone about half a nat. The rows below hold both settings. Negative log-likelihoods are published; ours have the other sign.
 
 
-# %% tags=["hide-input"] mystnb={"table": {"name": "tab-it-mnist", "caption": "MNIST: importance-sampling estimates of $\\log p(x)$ in nats, published (± as printed there) and recorded at two scales, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: no such value."}}
+# %% tags=["hide-input", "slide"] mystnb={"table": {"name": "tab-it-mnist", "caption": "MNIST: importance-sampling estimates of $\\log p(x)$ in nats, published (± as printed there) and recorded at two scales, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: no such value."}}
 entries = results.load_published("iterative", metric="NLL")
 published = {e["row"]: e["printed"] for e in entries if "2017" not in e["table"]}
 one, two = "MNIST single-level", "MNIST hierarchical"
@@ -915,7 +915,7 @@ for row, label in text.items():
         perplexity = run.per_image["nats_per_word"].double().mean().exp()
         print(f"{label}, seed {run.record['seed']}: perplexity {perplexity:.0f}")
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## Summary
 #
 # - Local, standard, iterative and semi-amortised inference are one loop with four steps, and $T$ learned iterations cost $T + 1$ passes through the decoder.

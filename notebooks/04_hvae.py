@@ -11,7 +11,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # # Chains inside the bound
 #
 # *The Hamiltonian variational auto-encoder, MetFlow, and Monte Carlo auto-encoders, as one construction.*
@@ -90,7 +90,7 @@ def estimate(values: torch.Tensor) -> results.Estimate:
 
 is_trained = num_updates >= 100
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## One identity
 #
 # Draw $z_0$ from the encoder's $q_0(z_0 \mid x)$ and move it: $z_k \sim q_k(\cdot \mid z_{k-1})$ for $k = 1, \dots, K$. The density of $z_K$ alone is an integral over all paths that end there, which we cannot compute. The density of the *whole path* is a product, which we can. So treat the path as one large latent variable, and give the model something to say about it too: let normalised densities $r_k(z_{k-1} \mid z_k)$ describe how to go back. Then
@@ -168,7 +168,7 @@ is_trained = num_updates >= 100
 # In code each method is one function from a model, the encoder's $q_0$ and $x$ to log-weights, one for each path and observation. The bound, its importance-weighted form and the test of {eq}`eq-hvae-unbiased` are then the same for all of them:
 
 
-# %%
+# %% tags=["slide"]
 def bound(path):  # a draw of the bound for each observation
     return path.log_weights.mean(0)
 
@@ -197,7 +197,7 @@ def on_scalar(path_fn, settings, num_samples=num_draws):
         return path_fn(scalar, q_scalar, x_scalar, num_samples, **options)
 
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## A deterministic path: the Hamiltonian flow
 #
 # If a step is a deterministic and invertible map $\Phi_k$, the reverse kernel has no freedom left: it must be the inverse map, and the two densities in {eq}`eq-hvae-path` combine to the Jacobian $|\det \nabla \Phi_k|$. That is a normalising flow. {cite:t}`caterini2018hvae` take a flow that knows its target, following an idea of {cite:t}`neal2005his`: give $z$ a momentum $\rho$ of the same dimension, extend the target to $p_\theta(x, z)\, \mathcal{N}(\rho; 0, I)$, and let each step be
@@ -218,7 +218,7 @@ def on_scalar(path_fn, settings, num_samples=num_draws):
 # The encoder, $\epsilon$ (one value for each dimension) and the $\alpha_k$ are trained by the bound. The gradient goes *through* the gradients of the dynamics, so a training step differentiates twice. The last gradient of a step is the first of the next one, because cooling does not move $z$: $K$ steps cost $K + 1$ gradients. The whole method, with every $\alpha_k = 1$ as a special case:
 
 
-# %%
+# %% tags=["slide"]
 def hamiltonian_log_weight(log_joint, q, z, noise, step_size, alphas):
     evaluate = partial(value_and_grad, log_joint, create_graph=True)
     log_weight = 0.5 * noise.square().sum(-1) - q.log_prob(z)
@@ -229,7 +229,7 @@ def hamiltonian_log_weight(log_joint, q, z, noise, step_size, alphas):
     return log_weight + state.logdensity - 0.5 * state.momentum.square().sum(-1)
 
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ```{admonition} Correction: the sign of the potential
 # :class: warning
 # Section 4.1 of the paper, and notes that follow it, set $U = \log p_\theta(x, z)$. The dynamics need $U = -\log p_\theta(x, z)$; the gradient printed beside it has the right sign. It also reads $x$ where the mean of the observations is meant, $\nabla U = z + N \Sigma^{-1} (z + \Delta - \bar x)$.
@@ -314,7 +314,7 @@ sizes = {K: (kept_megabytes(K), kept_megabytes(K, recompute=True)) for K in (1, 
 print(f"all kept, 10 steps to 1: {sizes[10][0] / sizes[1][0]:.1f}")
 print(f"recomputed, 10 steps to 1: {sizes[10][1] / sizes[1][1]:.1f}")
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ### Tempering
 #
 # Without cooling the total energy $-\log p_\theta(x, z) + \tfrac12 \lVert \rho \rVert^2$ is conserved up to the discretisation. A trajectory that starts in the middle of $q_0$ with an ordinary momentum has too little of it to cross a region of low density, and too much to come to rest at the bottom of a well. A hot start mends the first and cooling the second.
@@ -390,7 +390,7 @@ for name, beta0 in heats.items():
         if name not in runs or bound(path) > bound(runs[name]):
             runs[name] = path
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-modes", "caption": "Where the trajectories end (bars) under each flow at its best step size of five, over the target density (line). All start on the left mode. Bars count paths; the target puts 0.7 of its mass on the right."}, "image": {"alt": "Three panels with the same two-peaked density, the right peak higher. Without tempering all bars lie at the left peak. With tempering some lie at the right one, more of them and spread more widely at the lower beta0."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-hvae-modes", "caption": "Where the trajectories end (bars) under each flow at its best step size of five, over the target density (line). All start on the left mode. Bars count paths; the target puts 0.7 of its mass on the right."}, "image": {"alt": "Three panels with the same two-peaked density, the right peak higher. Without tempering all bars lie at the left peak. With tempering some lie at the right one, more of them and spread more widely at the lower beta0."}}
 grid = torch.linspace(-5, 5, 400)
 figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.4), sharey=True)
 for ax, (name, path) in zip(axes, runs.items(), strict=True):
@@ -401,7 +401,7 @@ for ax, (name, path) in zip(axes, runs.items(), strict=True):
 axes[0].set_ylabel("density")
 plt.show()
 
-# %% tags=["hide-input"] mystnb={"table": {"name": "tab-hvae-crossing", "caption": "Flows from the smaller of two modes, each at its best step size: bound in nats on $\\log p = 0$, share of the paths that end at $z > 0$, where 0.70 of the mass is, and mean of $\\hat p$, whose true value is 1. ± is the standard error over paths."}}
+# %% tags=["hide-input", "slide"] mystnb={"table": {"name": "tab-hvae-crossing", "caption": "Flows from the smaller of two modes, each at its best step size: bound in nats on $\\log p = 0$, share of the paths that end at $z > 0$, where 0.70 of the mass is, and mean of $\\hat p$, whose true value is 1. ± is the standard error over paths."}}
 rows = []
 for name, path in runs.items():
     crossed, weights = (path.z > 0).float().mean().item(), path.log_weights
@@ -460,7 +460,7 @@ with torch.no_grad():
         states.append((state.z[:, 0], state.momentum[:, 0]))
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-flow", "caption": "The cooled flow, step by step: 200 draws of $q_0$ and where they are carried. Contours hold 50, 80 and 95 per cent of the posterior. Arrows show the momenta of 25 of the draws. The title gives the steps done and $\\beta_k$, the inverse temperature, which ends at one."}, "image": {"alt": "An animation of thirteen frames: a round cloud of points in the middle of a long thin tilted ellipse turns and stretches until it fills the ellipse. Arrows of all directions grow and shrink."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-hvae-flow", "caption": "The cooled flow, step by step: 200 draws of $q_0$ and where they are carried. Contours hold 50, 80 and 95 per cent of the posterior. Arrows show the momenta of 25 of the draws. The title gives the steps done and $\\beta_k$, the inverse temperature, which ends at one."}, "image": {"alt": "An animation of thirteen frames: a round cloud of points in the middle of a long thin tilted ellipse turns and stretches until it fills the ellipse. Arrows of all directions grow and shrink."}}
 def draw(figure, frame):
     ax, extent = figure.subplots(), (-2, 3.5, -2, 3.5)
 
@@ -479,7 +479,7 @@ alt = "Draws of a round Gaussian are carried along a tilted ellipse."
 look = dict(size=(3.6, 3.6), fps=2, num_colours=32, dpi=100, alt=alt)
 plotting.animate(draw, len(states), **look)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## Random steps: the price of fresh momentum
 #
 # Hamiltonian dynamics from a single momentum explores little: the energy fixes how far $z$ can go. Markov chain Monte Carlo refreshes the momentum. Then the steps are random, the reverse kernel is a choice again, and the choice is what the methods of this section are about.
@@ -506,7 +506,7 @@ plotting.animate(draw, len(states), **look)
 # At $\eta = 0$ this is L-MCVAE; for $\eta = 1$ the sum telescopes, and with all $\beta_k = 1$ it is the untempered HVAE. One function holds the family:
 
 
-# %%
+# %% tags=["slide"]
 def annealed_dynamics(log_p, q, z, step_size, betas, eta):
     rho = torch.randn_like(z)
     log_weight = -q.log_prob(z)
@@ -544,7 +544,7 @@ for name, eta in (("L-MCVAE", 0.0), ("UHA", 0.5)):
         found = estimate(values)
         checks.within_error(found.mean, exact, found.se, label=f"bound of {name}")
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ### A shortcut that breaks the bound
 #
 # ```{admonition} Correction: the skipping rule
@@ -584,7 +584,7 @@ ratio = mean_ratio(kept, truth)
 checks.within_error(ratio.mean, 1.0, ratio.se, label="without skipping the mean")
 claim("skipping overestimates p(x)", skipped.mean - 1 > 4 * skipped.se)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # The mean estimate is too *high*: the number that is maximised is no longer a lower bound, and a model can gain by making the error larger. No run diverges and no curve looks odd. Only a test of {eq}`eq-hvae-unbiased` on a model with a known evidence shows it, which is why each estimator of this chapter has one in the library.
 #
 # ## Steps with a decision
@@ -623,7 +623,7 @@ part = variance["score"] / sum(variance.values())
 print(f"acceptance {path.acceptance.mean():.1f}")
 claim("the score term brings most of the variance", part > 0.5)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # The published code switches the term on over the first ten passes, and the recorded rows below report its share.
 #
 # ### MetFlow: which decision rule?
@@ -668,7 +668,7 @@ both = there - barker.log(), here - (1 - barker).log()
 same = torch.allclose(*both, atol=1e-3)
 claim("Barker: the weight does not depend on the last decision", same)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ```{admonition} Correction: Metropolis inside MetFlow
 # :class: warning
 # With Metropolis the estimate has lost a quarter of the evidence on this model. It is still a bound, but one that does not become exact however good the maps are. The first code of the method uses Barker's rule; where a text says Metropolis–Hastings, this is the point to check. A later version of the code compares with the density of the chain's *first* point at every step, which is right for $K = 1$ only.
@@ -724,7 +724,7 @@ for name, (path_fn, settings) in oracle.items():
         checks.within_error(low.mean, exact[name], low.se, label=f"{name}: bound")
     claim("and it is below log p(x)", low.mean < truth)
 
-# %% tags=["hide-input"] mystnb={"table": {"name": "tab-hvae-oracle", "caption": "Oracle table on the scalar model: mean of $\\hat p / p(x)$, which must be one, bound in nats, and the bound's exact value where there is one. ± is the standard error over paths; entries without it are computed by quadrature or, for the exact bounds, in closed form."}}
+# %% tags=["hide-input", "slide"] mystnb={"table": {"name": "tab-hvae-oracle", "caption": "Oracle table on the scalar model: mean of $\\hat p / p(x)$, which must be one, bound in nats, and the bound's exact value where there is one. ± is the standard error over paths; entries without it are computed by quadrature or, for the exact bounds, in closed form."}}
 wrong = on_scalar(mcvae.metvae_path, Maps(maps[:1], "metropolis"))
 ratio, low = mean_ratio(wrong, truth), estimate(wrong.log_weights)
 rows += [["planted: Metropolis, one map", ratio, low, decided(metropolis)[1]]]
@@ -812,7 +812,7 @@ titles = ["5 evaluations a path", "bound gap, four starts", "best start"]
 markdown_table([*titles, "half the variance", "coverage"], rows)
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-ring", "caption": "The ring: 200 ends of paths of each method from one start, over the exact posterior (contours of 50, 80 and 95 per cent). All have $K = 4$ steps and five evaluations a path. Below each name, the bound gap from this start and the share of sixteen sectors that hold at least half of their due."}, "image": {"alt": "Eleven panels with the same ring. The mean-field points cover a short arc at the right, those of IWAE and the chains a longer one of up to half of the ring, and those of the RealNVP flow that is always accepted nearly all of it."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-hvae-ring", "caption": "The ring: 200 ends of paths of each method from one start, over the exact posterior (contours of 50, 80 and 95 per cent). All have $K = 4$ steps and five evaluations a path. Below each name, the bound gap from this start and the share of sixteen sectors that hold at least half of their due."}, "image": {"alt": "Eleven panels with the same ring. The mean-field points cover a short arc at the right, those of IWAE and the chains a longer one of up to half of the ring, and those of the RealNVP flow that is always accepted nearly all of it."}}
 def log_posterior(z):
     return ring.log_joint(x_ring[:1], z.float()).reshape(z.shape[:-1])
 
@@ -838,7 +838,7 @@ claim("every path is a bound: no gap is negative", min(means.values()) > 0)
 ahead = means["IWAE"] < means["HVAE"]
 claim("IWAE is ahead of the deterministic flow at equal cost", ahead, is_trained)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # Read {numref}`fig-hvae-ring` together with the table. The standard errors are over starts, and the last start, inside the ring, is the hard one: a mean-field Gaussian that begins there ends at a worse local optimum than the arc. Four or five gradients do not carry paths around the ring. What the chains do is make the arc *longer* at the same price, and each learns a $q_0$ that suits its steps.
 # The flow that is always accepted is in a class of its own here. It is trained for this one $x$, so it need not be amortised: that comparison follows with the digits.
 #
@@ -916,7 +916,7 @@ def draw_curves(ax, found, sizes):
     ax.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.2))
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-cost", "caption": "Left: bound gap on the ring after training at each budget, mean and standard error over four starts. Right: what each bound gains over the plain one on digits, mean and standard error over images, in pairs, with the trained encoder and decoder held fixed; the dotted line is the gain of importance sampling with 2,000 draws."}, "image": {"alt": "Two panels against the number of evaluations of a path. Left, the gap of IWAE falls fastest, those of the methods with fresh momentum fall more slowly, those of HVAE and MetFlow do not fall. Right, the gains of IWAE, UHA, L-MCVAE and A-MCVAE grow, those of HVAE and MetFlow stay near or below zero; all are below the dotted line."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-hvae-cost", "caption": "Left: bound gap on the ring after training at each budget, mean and standard error over four starts. Right: what each bound gains over the plain one on digits, mean and standard error over images, in pairs, with the trained encoder and decoder held fixed; the dotted line is the gain of importance sampling with 2,000 draws."}, "image": {"alt": "Two panels against the number of evaluations of a path. Left, the gap of IWAE falls fastest, those of the methods with fresh momentum fall more slowly, those of HVAE and MetFlow do not fall. Right, the gains of IWAE, UHA, L-MCVAE and A-MCVAE grow, those of HVAE and MetFlow stay near or below zero; all are below the dotted line."}}
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 4.2))
 left = {(n, K): gap(on_the_ring[n, K])[0] for n in METHODS[:8] for K in budgets}
 draw_curves(axes[0], left, budgets)
@@ -943,7 +943,7 @@ def halves(path, log_p):
     return list(zip(gaps.tolist(), spread.tolist(), strict=True))
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-variance", "caption": "Bound gap against half the variance of $\\log \\hat p$: every method, budget and start on the ring, every row of the oracle table, and every method and budget on the digits (with the estimate of 2,000 draws in the place of $\\log p$). On the line the weights would be log-normal."}, "image": {"alt": "A scatter plot on logarithmic axes with a diagonal line. Points of the scalar model lie near or below the line; most points of the ring lie above it; those of the digits lie near it."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-hvae-variance", "caption": "Bound gap against half the variance of $\\log \\hat p$: every method, budget and start on the ring, every row of the oracle table, and every method and budget on the digits (with the estimate of 2,000 draws in the place of $\\log p$). On the line the weights would be log-normal."}, "image": {"alt": "A scatter plot on logarithmic axes with a diagonal line. Points of the scalar model lie near or below the line; most points of the ring lie above it; those of the digits lie near it."}}
 points = {"ring": []}
 for path in on_the_ring.values():
     points["ring"] += halves(path, log_ring)
@@ -1215,7 +1215,7 @@ for K in (1, 10):
 u = torch.tensor(3.976).double()
 print(f"K = 10 near the limit: u = {u:.3f}, c = {residual(u, 10):.3f}")
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-hvae-gaussian", "caption": "Left: squared error of the fitted parameters against $d$, mean over ten data sets. Lines are computed on this page, crosses are read off the published figure. The two cooled HVAE fits and converged VB coincide with exact maximum likelihood. Right: the variance {eq}`eq-hvae-residual` that an untempered trajectory leaves, against the squared step; dots mark where the fits have ended."}, "image": {"alt": "Left, lines rise with d on logarithmic axes; exact maximum likelihood is lowest at large d, untempered HVAE slightly above, VB at the published budget starts below all and ends more than a factor of ten above. Right, one smooth curve with a single minimum at 0.41 and one that oscillates ten times with ever deeper dips towards u = 4."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-hvae-gaussian", "caption": "Left: squared error of the fitted parameters against $d$, mean over ten data sets. Lines are computed on this page, crosses are read off the published figure. The two cooled HVAE fits and converged VB coincide with exact maximum likelihood. Right: the variance {eq}`eq-hvae-residual` that an untempered trajectory leaves, against the squared step; dots mark where the fits have ended."}, "image": {"alt": "Left, lines rise with d on logarithmic axes; exact maximum likelihood is lowest at large d, untempered HVAE slightly above, VB at the published budget starts below all and ends more than a factor of ten above. Right, one smooth curve with a single minimum at 0.41 and one that oscillates ten times with ever deeper dips towards u = 4."}}
 figure, (ax, scan) = plt.subplots(1, 2, figsize=(7.2, 3.4))
 curves = {"HVAE, K = 1": "C0", "HVAE, K = 10": "C1"}
 curves |= {"mean-field VB, published budget": "C3"}
@@ -1256,7 +1256,7 @@ labels |= {"langevin_5": "L-MCVAE 5", "annealed_3": "A-MCVAE 3", "uha_5": "UHA 5
 labels |= {"mcd_5": "MCD 5", "hvi_5": "HVI 5"}
 study = tables.load_study("chain_bounds", "laptop")
 
-# %% tags=["hide-input"] mystnb={"table": {"name": "tab-hvae-digits", "caption": "Decoders trained with each path on MNIST: estimates of $\\log p(x)$ in nats, published and recorded (one annealer for all rows), mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: no such value."}}
+# %% tags=["hide-input", "slide"] mystnb={"table": {"name": "tab-hvae-digits", "caption": "Decoders trained with each path on MNIST: estimates of $\\log p(x)$ in nats, published and recorded (one annealer for all rows), mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: no such value."}}
 entries = results.load_published("hvae", metric="NLL")
 known = {entry["row"]: entry["printed"] for entry in entries}
 published = {"vae": "-" + known["base VAE"]}
@@ -1318,7 +1318,7 @@ for entry in final:
         same = [f["row"] for f in files if abs(f["value"] - entry["value"]) < 0.005]
         print(f"{row} of Table 1 is in the files as", *same)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ```{admonition} Correction: A or L?
 # :class: warning
 # The rows printed as L-MCVAE are, to two decimals, the runs filed as A-MCVAE with a learned schedule, and the other way round. One side is mislabelled, and nothing tells which. Sentences like “L beats A” cannot be quoted from this table. Two more departures of its code: its importance-weighted “bound” adds the entropy of the weights to the loss, so the printed value is not that bound although the gradient is right; and step sizes adapt inside the forward pass from the current batch, also while evaluating, which makes the kernel depend on the path and voids {eq}`eq-hvae-unbiased`.
@@ -1328,7 +1328,7 @@ for entry in final:
 #
 # The HVAE paper says that normalising flows leave open whether they gain by a more accurate posterior or simply by their parameters, and that a flow built from the target has few of them. It does not test this. The rows below do, on the same base and at equal updates: HVAE adds $D + K$ numbers; planar and RealNVP flows add many and do not see the target; a wider encoder adds as many as RealNVP and no flow at all; and the last control runs the *same dynamics* on a learned potential that does not see $x$. Two rows train the cheap methods for as many seconds as HVAE takes.
 
-# %% tags=["hide-input"] mystnb={"table": [{"name": "tab-hvae-controls", "caption": "Is it the posterior or the parameters? Annealed $\\log p(x)$ in nats, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: not recorded."}, {"name": "tab-hvae-controls-pairs", "caption": "The same rows minus the VAE, in nats, paired over images. The middle column is the mean ± standard error over images and, in parentheses, half the width of the 95 % t-interval over seeds; the last column has the mean of each seed."}, {"name": "tab-hvae-controls-size", "caption": "The same rows: each training's own bound in nats, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds; and the number of parameters that the path adds to decoder and encoder. A dash: not recorded."}]}
+# %% tags=["hide-input", "slide"] mystnb={"table": [{"name": "tab-hvae-controls", "caption": "Is it the posterior or the parameters? Annealed $\\log p(x)$ in nats, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: not recorded."}, {"name": "tab-hvae-controls-pairs", "caption": "The same rows minus the VAE, in nats, paired over images. The middle column is the mean ± standard error over images and, in parentheses, half the width of the 95 % t-interval over seeds; the last column has the mean of each seed."}, {"name": "tab-hvae-controls-size", "caption": "The same rows: each training's own bound in nats, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds; and the number of parameters that the path adds to decoder and encoder. A dash: not recorded."}]}
 controls = {
     "vae": "VAE",
     "hvae_free": "HVAE 10, free cooling",
@@ -1422,11 +1422,11 @@ for name in ["IWAE", *chains]:
 deepest = min(rows, key=lambda row: row[2].mean)[0]
 print("smallest gap on the ring at nine evaluations:", deepest)
 
-# %% tags=["hide-input"] mystnb={"table": {"name": "tab-hvae-measured", "caption": "What this page measured of each method: mean of $\\hat p / p(x)$ on the scalar model (standard error over paths), gap on the ring at nine evaluations in nats (over four starts), and gain of the bound over the plain one on digits at seventeen evaluations in nats (over images, paired). A dash: not measured."}}
+# %% tags=["hide-input", "slide"] mystnb={"table": {"name": "tab-hvae-measured", "caption": "What this page measured of each method: mean of $\\hat p / p(x)$ on the scalar model (standard error over paths), gap on the ring at nine evaluations in nats (over four starts), and gain of the bound over the plain one on digits at seventeen evaluations in nats (over images, paired). A dash: not measured."}}
 titles = ["method", "mean of p̂ / p, scalar", "gap, ring", "gain, digits"]
 markdown_table(titles, rows)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## Summary
 #
 # - *One identity.* A bound with a chain in it is importance sampling on paths. Forward and reverse kernel are free; the weight must be able to reach every path that counts. L-MCVAE, UHA, HVI, MCD and the untempered HVAE are one leapfrog path with different refreshes.

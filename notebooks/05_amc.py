@@ -11,7 +11,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # # Amortised MCMC with adversarial distillation
 #
 # *About a minute and a half on one core. You need the bound of {doc}`/chapters/01_vi_recap`, and the estimators of {doc}`/chapters/06_evaluation_hais` for the tables.*
@@ -114,7 +114,7 @@ torch.distributions.Distribution.set_default_validate_args(False)
 Adam = partial(torch.optim.Adam, fused=True)
 GREEN, ORANGE = plotting.COLOURS["exact"], plotting.COLOURS["approximation"]
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## The idea: propose, improve, imitate
 #
 # The student draws $z_0 \sim q_\phi(z \mid x)$. A chain that targets the posterior takes $T$ steps from there. Its end is a draw of the teacher,
@@ -139,7 +139,7 @@ GREEN, ORANGE = plotting.COLOURS["exact"], plotting.COLOURS["approximation"]
 # Here is the whole step, with the rule of the source: a discriminator $D(x, z)$ learns to tell $z_T$ from $z_0$, and the student learns to be mistaken for the teacher. {py:func}`amortised.amc.descend` is one gradient step on the mean of a loss, in the parameters of one optimiser.
 
 
-# %%
+# %% tags=["slide"]
 def one_step(x, model, student, discriminator, optimizers):
     """One step of amortised MCMC: five Langevin steps and the original game."""
     z0 = student(x, 1)
@@ -188,7 +188,7 @@ library = amc.amc_step(
 for name, loss in by_hand.items():
     checks.close(loss, library[name], label=f"the loss of the {name}")
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # Each baseline of this chapter is the same step with a part taken out. Without the chain, and with the bound as the student's objective, it is the VAE. With the chain for the decoder, but the bound for the student, it is MCMC-corrected variational inference. Without the student it is a table of persistent chains, one for each image, or, if each chain sets out from the prior at every visit, *short-run* MCMC, a name from energy-based models {cite:p}`nijkamp2019shortrun`.
 #
 # ### Why it should work
@@ -268,7 +268,7 @@ for _ in range(num_rounds):
 assert frames[-1][1] < 0.2 * frames[0][1]
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-projected", "caption": "Projected gradient descent. The posterior (green contours) has two modes. In each round the student $q$ (orange ellipse, 90 % of its mass) proposes; its draws (pink) take eight Langevin steps; then $q$ takes their mean and covariance. Bar: the exact $\\operatorname{KL}(p \\,\\|\\, q)$ at the start of the round."}, "image": {"alt": "Animation. A small orange circle lies below and between two green modes. Pink points start inside it and spread towards both modes; in the second round the orange curve is a long tilted ellipse around both, and it changes little afterwards. The bar on the right falls."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-amc-projected", "caption": "Projected gradient descent. The posterior (green contours) has two modes. In each round the student $q$ (orange ellipse, 90 % of its mass) proposes; its draws (pink) take eight Langevin steps; then $q$ takes their mean and covariance. Bar: the exact $\\operatorname{KL}(p \\,\\|\\, q)$ at the start of the round."}, "image": {"alt": "Animation. A small orange circle lies below and between two green modes. Pink points start inside it and spread towards both modes; in the second round the orange curve is a long tilted ellipse around both, and it changes little afterwards. The bar on the right falls."}}
 def draw(figure, frame):
     q, divergence, draws = frames[frame]
     plane, bar = figure.subplots(1, 2, width_ratios=(5, 1))
@@ -288,7 +288,7 @@ movie = {"size": (4.6, 3.4), "fps": 2, "dpi": 100, "num_colours": 64}
 movie["alt"] = "Draws move to two modes, an ellipse follows."
 plotting.animate(draw, len(frames), **movie)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # The fixed point is $q = q_T$ up to the projection. The frames show three limits of the method, and the chapter takes them up one by one.
 # First, the final Gaussian covers both modes and the barrier between them. It is mode-covering, because the rule was the inclusive divergence and the family has a single mode; another rule or family would do otherwise.
 # Second, the share of points in each mode is whatever the first round made it: chains of eight steps hardly ever cross the barrier, so nothing corrects it.
@@ -377,7 +377,7 @@ def grouped_by_step():
     return shown
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-bias", "caption": "Left: variance of an unadjusted Langevin chain over that of its target, from {eq}`eq-amc-ula` (lines) and simulated (points), with the limits of stability (dotted). Right: the published log-likelihoods in nats, {cite:t}`li2017amc`, Table 1."}, "image": {"alt": "Left, two curves that rise to infinity at precision 20 and 200, with points on them. Right, ten markers on eight lines: the four rows with step 0.2 lie close together near minus 89.5, the three with step 0.02 between minus 80.1 and minus 78.2, and the three without a chain between minus 86 and minus 80.6."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-amc-bias", "caption": "Left: variance of an unadjusted Langevin chain over that of its target, from {eq}`eq-amc-ula` (lines) and simulated (points), with the limits of stability (dotted). Right: the published log-likelihoods in nats, {cite:t}`li2017amc`, Table 1."}, "image": {"alt": "Left, two curves that rise to infinity at precision 20 and 200, with points on them. Right, ten markers on eight lines: the four rows with step 0.2 lie close together near minus 89.5, the three with step 0.02 between minus 80.1 and minus 78.2, and the three without a chain between minus 86 and minus 80.6."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.4))
 show_inflation(left)
 shown = grouped_by_step()
@@ -407,7 +407,7 @@ kernels = {
     "MALA (Metropolis test), η = 0.2": partial(mcmc.mala_step, step_size=0.2),
     "HMC, ε = 0.25, L = 5": partial(mcmc.hmc_step, step_size=0.25, num_steps=5),
 }
-# %% mystnb={"table": {"name": "tab-amc-kernels", "caption": "Total variation between the exact posteriors of the fold and chains that started at exact draws and took 60 steps. The first row is what a finite number of exact draws shows."}}
+# %% tags=["slide"] mystnb={"table": {"name": "tab-amc-kernels", "caption": "Total variation between the exact posteriors of the fold and chains that started at exact draws and took 60 steps. The first row is what a finite number of exact draws shows."}}
 after = {"exact draws": total_variation(posterior_fold)}
 for name, kernel in kernels.items():
     kernel = partial(kernel, logdensity_fn=partial(fold.log_joint, x_fold))
@@ -462,7 +462,7 @@ for eta in (0.2, 0.02, 0.01):
 # %% [markdown]
 # The largest precision is that of the negative Hessian at the mode. In its sharpest direction nearly every posterior of this decoder is beyond the limit of even the short steps.
 
-# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-teachers", "caption": "One decoder after one more pass over the training images with each teacher: change of its annealed $\\log p(x)$ in nats, paired over 100 random test images, mean over three seeds ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds; and the share of proposals that the chain of the trained pair accepts."}}
+# %% tags=["hide-input", "slide"] mystnb={"table": {"name": "tab-amc-teachers", "caption": "One decoder after one more pass over the training images with each teacher: change of its annealed $\\log p(x)$ in nats, paired over 100 random test images, mean over three seeds ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds; and the share of proposals that the chain of the trained pair accepts."}}
 # NBVAL_CHECK_OUTPUT
 TEACHERS = {
     "vae": "none: the bound (VAE)",
@@ -486,7 +486,7 @@ pairs = [(row, "vae") for row in TEACHERS if row != "vae"]
 pairs += [(f"mala_{row}", f"langevin_{row}") for row in ("t5", "t5_short")]
 tables.paired_table(taught, pairs, "hais_ll", TEACHERS)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-teachers", "caption": "Change of $\\log p(x)$ of one decoder after one more pass with each teacher. Dots: seeds, each a mean over the same 100 test images; bars: 95 % t-interval over the three seeds. The right panel is the same, enlarged; a row that lies outside it is not shown there."}, "image": {"alt": "Two panels of six rows. At the left five rows lie near zero and the row of five unadjusted steps of 0.2 near minus 24. At the right, enlarged, 50 steps of 0.02 lie near minus 1.5, and the others within half a nat of zero."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-amc-teachers", "caption": "Change of $\\log p(x)$ of one decoder after one more pass with each teacher. Dots: seeds, each a mean over the same 100 test images; bars: 95 % t-interval over the three seeds. The right panel is the same, enlarged; a row that lies outside it is not shown there."}, "image": {"alt": "Two panels of six rows. At the left five rows lie near zero and the row of five unadjusted steps of 0.2 near minus 24. At the right, enlarged, 50 steps of 0.02 lie near minus 1.5, and the others within half a nat of zero."}}
 figure, panels = plt.subplots(1, 2, figsize=(7.4, 2.6), sharey=True)
 for height, row in enumerate(TEACHERS):
     changes = [run.per_image["hais_ll_change"] for run in taught[row]]
@@ -501,7 +501,7 @@ for panel, limits in zip(panels, ((-27, 2), (-2.6, 1.4)), strict=True):
 panels[0].set_yticks(range(len(TEACHERS)), labels=TEACHERS.values())
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # *Five unadjusted steps of 0.2* cost 24 nats in a single pass, in every seed. The row differs from the VAE in nothing but the samples $z_T$ from which the decoder learns, so they are the cause. *The same steps with a Metropolis test* cost nothing: the damage is that of the missing test. But read the last column before you praise the chain. Practically no proposal is accepted, so $z_T$ is $z_0$, and the row is a VAE whose decoder learns from the encoder's own draws. The test removes the bias here by refusing to move; this is no evidence that a corrected teacher is a *better* one.
 # *The pair at 0.01* has a chain that moves: two proposals in five are accepted. The row with the test, the row without it and the VAE cannot be told apart. Five short steps from a trained encoder neither help nor harm in one pass.
 # *Fifty steps of 0.02* lose more than a nat. By the limits above they are too long in the sharpest directions of nearly every posterior of this decoder.
@@ -675,7 +675,7 @@ for name, contrast in (("AVB", False), ("AVB, adaptive", True)):
     found = distil("implicit", amc.avb_step, contrast=contrast)
     _, drawn[name, "chain"], avb[name] = found
 
-# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-rules", "caption": "Students of each rule, taught by the chain or by exact draws: how many have lost a mode of the posterior with the high barrier (± binomial standard error), and total variation from the posterior, averaged over the three posteriors (mean ± standard error over students)."}}
+# %% tags=["hide-input", "slide"] mystnb={"table": {"name": "tab-amc-rules", "caption": "Students of each rule, taught by the chain or by exact draws: how many have lost a mode of the posterior with the high barrier (± binomial standard error), and total variation from the posterior, averaged over the three posteriors (mean ± standard error over students)."}}
 rows = []
 for name in [*rules, *avb]:
     row = [name]
@@ -703,7 +703,7 @@ def show_panels(shown, ncols, size, num_shown):
         panel.label_outer()
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-rules", "caption": "The first student of each rule on the posterior with the high barrier (green), from the wide start; draws in orange. Above, the teacher is the chain of five steps; below, exact draws. AVB has no teacher: above with the prior, below with adaptive contrast."}, "image": {"alt": "Two rows of six panels, each with two green modes. Above, the orange draws of the GAN, MMD and Gaussian students lie around the right mode, those of Wasserstein on both with a bridge, those of the mixture on both, most on the right, and those of AVB on the left. Below, GAN, Wasserstein and MMD reach both modes with a thin bridge, the Gaussian spreads over everything, the mixture fills both without a bridge, and adaptive AVB fills the left with a trail to the right."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-amc-rules", "caption": "The first student of each rule on the posterior with the high barrier (green), from the wide start; draws in orange. Above, the teacher is the chain of five steps; below, exact draws. AVB has no teacher: above with the prior, below with adaptive contrast."}, "image": {"alt": "Two rows of six panels, each with two green modes. Above, the orange draws of the GAN, MMD and Gaussian students lie around the right mode, those of Wasserstein on both with a bridge, those of the mixture on both, most on the right, and those of AVB on the left. Below, GAN, Wasserstein and MMD reach both modes with a thin bridge, the Gaussian spreads over everything, the mixture fills both without a bridge, and adaptive AVB fills the left with a trail to the right."}}
 short = ("GAN", "Wass.", "MMD", "KL, Gaussian", "KL, mixture")
 short = dict(zip(rules, short, strict=True))
 names, shown = {"chain": [*rules, "AVB"], "exact": [*rules, "AVB, adaptive"]}, {}
@@ -714,7 +714,7 @@ for teacher, row in names.items():
 show_panels(shown, ncols=6, size=1.4, num_shown=150)
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # Two observations from the table and {numref}`fig-amc-rules`.
 #
 # - *The family decides the shape.* Under the exact teacher the Gaussian student covers both modes and the barrier, which is why its total variation is large although it loses no mode. The mixture, under the same rule, keeps both modes apart. The implicit students lie between: a continuous function of Gaussian noise cannot leave the barrier empty.
@@ -780,7 +780,7 @@ claims = {
 for claim, holds in claims.items():
     print(f"lost a mode; {claim}:", holds or not trained)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # Read the table by suspects.
 #
 # *The start.* Under the exact teacher all students with the narrow start lose the mode behind the high barrier, by either rule; with the wide start hardly any does. A mode that is lost under a perfect teacher is therefore no property of the game as such.
@@ -907,7 +907,7 @@ games = {
     "control: prior, ignores x": (ignores_x, math.nan),
 }
 
-# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-games", "caption": "Diagnostics of students against exact draws, mean ± standard error over students: mean loss of the discriminators at the end, where $2 \\log 2 = 1.386$ means that nothing is told apart; norm of the error of the means, in posterior standard deviations; log of the student's over exact variance; $\\log p(x \\mid z_0)$ in nats, minus that of exact draws, and minus that of draws for another $x$; AUC of a new classifier, 0.5 for a perfect student."}}
+# %% tags=["hide-input", "slide"] mystnb={"table": {"name": "tab-amc-games", "caption": "Diagnostics of students against exact draws, mean ± standard error over students: mean loss of the discriminators at the end, where $2 \\log 2 = 1.386$ means that nothing is told apart; norm of the error of the means, in posterior standard deviations; log of the student's over exact variance; $\\log p(x \\mid z_0)$ in nats, minus that of exact draws, and minus that of draws for another $x$; AUC of a new classifier, 0.5 for a perfect student."}}
 found, rows = {name: diagnose(encoder) for name, (encoder, _) in games.items()}, []
 for name, values in found.items():
     own = values["log_likelihood_student"]
@@ -952,7 +952,7 @@ for name in (name for name in games if name.startswith("mended")):
     print(f"{name}, error < 0.45 and |ratio| < 0.5:", good or not trained)
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-failures", "caption": "The first student of six rows on the posterior of one observation (green: exact marginal of two of the four latents); draws in orange. Above, the three planted failures; below, three rules that mend them."}, "image": {"alt": "Six panels, each with the contours of a tilted green ellipse. Above, the orange points form a thin band along the ellipse's edge, a narrow cloud off its centre, and a small clump off its centre. Below, three clouds about as large as the ellipse; the last is not tilted."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-amc-failures", "caption": "The first student of six rows on the posterior of one observation (green: exact marginal of two of the four latents); draws in orange. Above, the three planted failures; below, three rules that mend them."}, "image": {"alt": "Six panels, each with the contours of a tilted green ellipse. Above, the orange points form a thin band along the ellipse's edge, a narrow cloud off its centre, and a small clump off its centre. Below, three clouds about as large as the ellipse; the last is not tilted."}}
 x_shown = small.sample(1)[0]
 q = small.posterior(x_shown)
 q = MultivariateNormal(q.mean[0, :2], q.covariance_matrix[0, :2, :2])
@@ -1070,7 +1070,7 @@ for name in (own, kernel, inclusive):
 header = ["root mean square over pairs of latents", "correlation"]
 markdown_table(header, rows)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # The prediction holds: against students that stand still the plain discriminator leaves $2 \log 2$, and the one in the student's coordinates sees far more. Between exact draws and their teacher it sees almost nothing, as it should.
 #
 # The last columns also correct our verdict on the mended students. The standardised game rested at $2 \log 2$, with moments nearly right, and still a fresh discriminator tells its students from their teacher better than it does those of MMD. The table of correlations shows one thing that it may have found: the diagnostics compared means and variances of single latents, and the correlations between latents are wrong by an amount comparable to their own size. MMD has them better; the mean-field student cannot have them at all. So "mended" means here: mended in the marginal moments. Of the rules tried, MMD comes nearest to the posterior in this model; among the games, only the standardised one gets the widths.
@@ -1128,7 +1128,7 @@ others = {
 }
 
 
-# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-equal-cost", "caption": "Total variation from the posterior of students taught by the end of five Langevin steps, and the change of it, paired over students, when the teacher is the whole path, MALA or one Hamiltonian trajectory at equal cost. ± is the standard error over students; negative is better."}}
+# %% tags=["hide-input", "slide"] mystnb={"table": {"name": "tab-amc-equal-cost", "caption": "Total variation from the posterior of students taught by the end of five Langevin steps, and the change of it, paired over students, when the teacher is the whole path, MALA or one Hamiltonian trajectory at equal cost. ± is the standard error over students; negative is better."}}
 rows = []
 for name in ("inclusive KL, mixture",):
     kind, rule = rules[name]
@@ -1176,7 +1176,7 @@ optimizer = Adam([mean, factor], lr=0.02)
 for _ in range(min(num_steps, 200)):
     amc.descend(-log_target(five_steps(log_target, 64)), optimizer)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-titsias", "caption": "Five unadjusted steps of 0.2 on the posterior with the high barrier (green): in $z$ from the prior; the learnt map $g_\\phi$ alone, without a chain; and in the learnt coordinates of {eq}`eq-amc-titsias`. Titles: total variation."}, "image": {"alt": "Three panels with two green modes and orange points. In the first, points scatter widely around both modes; in the second they form one tilted cloud from the right mode towards the left; in the third they lie inside the two modes."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-amc-titsias", "caption": "Five unadjusted steps of 0.2 on the posterior with the high barrier (green): in $z$ from the prior; the learnt map $g_\\phi$ alone, without a chain; and in the learnt coordinates of {eq}`eq-amc-titsias`. Titles: total variation."}, "image": {"alt": "Three panels with two green modes and orange points. In the first, points scatter widely around both modes; in the second they form one tilted cloud from the right mode towards the left; in the third they lie inside the two modes."}}
 with torch.no_grad():
     plain_chain = five_steps(partial(fold.log_joint, x_fold), num_draws)
     alone = to_z(torch.randn(num_draws, 3, 2))
@@ -1358,7 +1358,7 @@ markdown_table([f"this run, {train_steps} updates", "log p(x), AIS", "ESS"], row
 # %% [markdown]
 # The committed runs are longer: one pass over the 60,000 images at *laptop* scale, 2,000 passes at *full* scale, three seeds. {py:mod}`amortised.experiments` makes them; their settings were fixed before anything was evaluated.
 
-# %% tags=["hide-input"] mystnb={"table": {"name": "tab-amc-table1", "caption": "Table 1 of the source and our runs: annealed $\\log p(x)$ in nats, published (all 10,000 test images) and recorded (laptop: the first 100), mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: not recorded."}}
+# %% tags=["hide-input", "slide"] mystnb={"table": {"name": "tab-amc-table1", "caption": "Table 1 of the source and our runs: annealed $\\log p(x)$ in nats, published (all 10,000 test images) and recorded (laptop: the first 100), mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds. A dash: not recorded."}}
 # NBVAL_CHECK_OUTPUT
 study = tables.load_study("amc_table1", "laptop")
 annealed = {row["row"]: row["value"] for row in published}
@@ -1408,7 +1408,7 @@ dreams = torch.cat([network(name).likelihood(z).mean for name in TABLE_1])
 plotting.show_digits(dreams, ncols=14, row_labels=list(labels.values()))
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # (sec-amc-imputation)=
 # ## Missing pixels
 #
@@ -1438,7 +1438,7 @@ for kind, mask in masks.items():
     )
     filled[kind, "reference"] = drawn_long.x
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-imputation", "caption": "Two test digits with four masks. Grey: observed. Orange: five imputations by the encoder of each row, {eq}`eq-amc-impute`, and by long chains in the CNN-G row's decoder. First column of each digit: what was covered, in full."}, "image": {"alt": "Four blocks of four rows. In each row two groups of a complete digit and five completions of it; grey parts agree within a block, orange parts differ from copy to copy."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-amc-imputation", "caption": "Two test digits with four masks. Grey: observed. Orange: five imputations by the encoder of each row, {eq}`eq-amc-impute`, and by long chains in the CNN-G row's decoder. First column of each digit: what was covered, in full."}, "image": {"alt": "Four blocks of four rows. In each row two groups of a complete digit and five completions of it; grey parts agree within a block, orange parts differ from copy to copy."}}
 names = {"vae": "VAE", "cnn_g": "CNN-G", "cnn_b": "CNN-B", "reference": "reference"}
 figure, panels = plt.subplots(4, 1, figsize=(6.0, 7.4))
 for panel, (kind, mask) in zip(panels, masks.items(), strict=True):
@@ -1575,7 +1575,7 @@ curves = {f"AMC, T = {steps}": learn("AMC", steps) for steps in (1, 5, 20)}
 curves |= {"VAE": learn("VAE"), "persistent, T = 5": learn("persistent", 5)}
 best = max(curve[:, 1].max() for curve in curves.values())
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-amc-cost", "caption": "Left: exact $\\log p_\\theta(x)$ below the best of all runs, linear model, against decoder evaluations for each observation. Middle and right: the recorded laptop runs of Table 1, against decoder evaluations for each training image and against the wall time of training, on a shared machine; bars are two standard errors over images."}, "image": {"alt": "Left, five falling curves on logarithmic axes; the variational autoencoder falls first. Middle and right, eleven points: of the laptop rows those with long chains stand highest, and the variational autoencoder with 120 passes far above them."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-amc-cost", "caption": "Left: exact $\\log p_\\theta(x)$ below the best of all runs, linear model, against decoder evaluations for each observation. Middle and right: the recorded laptop runs of Table 1, against decoder evaluations for each training image and against the wall time of training, on a shared machine; bars are two standard errors over images."}, "image": {"alt": "Left, five falling curves on logarithmic axes; the variational autoencoder falls first. Middle and right, eleven points: of the laptop rows those with long chains stand highest, and the variational autoencoder with 120 passes far above them."}}
 figure, axes = plt.subplots(1, 3, figsize=(7.6, 3.9), width_ratios=(1.25, 1, 1))
 for name, style in zip(curves, ("-", "--", "-.", ":", "-"), strict=True):
     axes[0].plot(curves[name][:, 0], best - curves[name][:, 1], style, label=name)
@@ -1631,7 +1631,7 @@ markdown_table(["a draw for a new image", "decoder gradients", "MB kept"], rows)
 # NBVAL_CHECK_OUTPUT
 tables.run_table(study, "amc_table1", labels)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # AMC, AVB and the VAE draw at once. MCMC-VI needs its chain, because its student was never told about $q_T$. A persistent chain has nothing for a new image: it starts from the prior, like a short-run chain, and pays its $T$ gradients.
 # Memory: $N K D$ numbers grow with the data and with the number $K$ of chains; an encoder does neither. For one chain on MNIST that is a few megabytes, hardly an argument; for a million images and ten chains it is one.
 #

@@ -11,7 +11,7 @@
 #     name: python3
 # ---
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # # Evaluation you can trust: annealed importance sampling and HAIS
 #
 # *About a minute on one core. You need the evidence lower bound and Hamiltonian Monte Carlo, as {doc}`/chapters/01_vi_recap` leaves them.*
@@ -90,7 +90,7 @@ def stream(offset: int) -> torch.Generator:
     return torch.Generator().manual_seed(1000 * seed + offset)
 
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # Every table in this book ends in a column of log-likelihoods. This chapter is about whether to believe it.
 #
 # The integral $p_\theta(x) = \int p(z)\, p_\theta(x \mid z)\, dz$ has no closed form, so a table prints an *estimate*. An estimate can be too low for two reasons: the model is bad, or the estimator is. A reader cannot tell which. We want estimates whose error we can bound.
@@ -124,7 +124,7 @@ def mean_field_gap(model: LinearGaussian) -> float:
 # %% [markdown]
 # Model A generated the data below. Model B has too much noise, so it is truly the worse model. But A's latent axes are turned by 45 degrees, and B's are not.
 
-# %% mystnb={"table": {"name": "tab-eval-rotated", "caption": "Two linear models on data of model A: exact $\\log p(x)$, mean ± standard error over 2,000 observations, and the best bound that a mean-field Gaussian reaches, in nats."}}
+# %% tags=["slide"] mystnb={"table": {"name": "tab-eval-rotated", "caption": "Two linear models on data of model A: exact $\\log p(x)$, mean ± standard error over 2,000 observations, and the best bound that a mean-field Gaussian reaches, in nats."}}
 model_a, model_b = rotated_model(math.pi / 4, 0.5), rotated_model(0.0, 0.65)
 z = torch.randn(2000, 2, generator=stream(1), dtype=torch.float64)
 noise = torch.randn(2000, 3, generator=stream(2), dtype=torch.float64)
@@ -145,7 +145,7 @@ by_bound = "A" if difference.mean > gaps[0] - gaps[1] else "B"
 print(f"better by the exact evidence: {by_evidence}; by the bound: {by_bound}")
 print(f"mean-field gaps: A {gaps[0]:.2f}, B {gaps[1]:.2f} nats")
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # The bound prefers the wrong model, with the *best possible* mean-field $q$ and no amortisation error. Training by the bound, a model learns to have posteriors that its $q$ can follow. That is a property of the pair, not of $p_\theta(x)$. To compare decoders we must estimate $p_\theta(x)$ itself.
 #
 # ## Importance sampling, and how it fails
@@ -206,7 +206,7 @@ curves = {
     for name, width in proposals.items()
 }
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-eval-is", "caption": "Importance sampling with a fixed number of samples, on a model whose evidence is known. Left: mean error in nats; zero is exact. Right: root-mean-square error, in units of the standard error that the effective sample size suggests; at the dotted line the suggestion is right."}, "image": {"alt": "Two panels against the dimension of the latent. Left, the error of the prior proposal falls to a hundred nats below zero, that of the narrow posterior to nearly four nats, and that of the wide one stays near zero. Right, the wide proposal stays near one; the narrow one lies between one and four in up to sixteen dimensions and reaches eight in 32; the prior stays near one in up to four dimensions and then rises to one hundred."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-eval-is", "caption": "Importance sampling with a fixed number of samples, on a model whose evidence is known. Left: mean error in nats; zero is exact. Right: root-mean-square error, in units of the standard error that the effective sample size suggests; at the dotted line the suggestion is right."}, "image": {"alt": "Two panels against the dimension of the latent. Left, the error of the prior proposal falls to a hundred nats below zero, that of the narrow posterior to nearly four nats, and that of the wide one stays near zero. Right, the wide proposal stays near one; the narrow one lies between one and four in up to sixteen dimensions and reaches eight in 32; the prior stays near one in up to four dimensions and then rises to one hundred."}}
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.2))
 for (name, values), marker in zip(curves.items(), "osD", strict=True):
     axes[0].plot(dims, values[:, 0], marker=marker, label=name)
@@ -249,7 +249,7 @@ print(f"ESS {effective_sample_size(log_weights).item():.0f} of {num_samples}")
 error = log_mean_exp(log_weights, 0).item()
 print(f"error {error:.3f} nats; log(1/2) = {math.log(0.5):.3f}")
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # Here the effective sample size is perfect and the error is $\log 2$: half of the mass is absent, and nothing in the sample says so. A low effective sample size proves that an estimate is poor; a high one does not prove that it is good.
 #
 # ## Annealing
@@ -282,7 +282,7 @@ print(f"error {error:.3f} nats; log(1/2) = {math.log(0.5):.3f}")
 # Here is the whole algorithm, with Hamiltonian transitions.
 
 
-# %%
+# %% tags=["slide"]
 def anneal(log_prior, log_likelihood, z, schedule, step_size, generator):
     log_weights, positions = 0.0, [z]
     for before, now in itertools.pairwise(schedule):
@@ -337,7 +337,7 @@ for name, log_weights in (("ten lines", by_hand), ("library", library.log_weight
     checks.within_error(ratio.mean(), 1.0, error, label=f"E[w] / p(x), {name}")
     print(f"E[w] / p(x), {name}: {ratio.mean():.2f} ± {error:.2f}")
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## What a chain costs, and what momentum buys
 #
 # The weight of one chain is off by $\log p(x) - \mathbb{E} \log w$. When the transitions keep up with the path this gap falls as $1/T$: twice as many temperatures, half the gap. What "keeping up" takes is the business of the kernel. Two choices share the name HAIS in the literature, and tables rarely say which one they used.
@@ -378,7 +378,7 @@ for name, kernel in kernels.items():
     best = best_step[name]
     gap_curves[name] = [one_chain_gap(b, kernel, best, 9) for b in budgets]
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-eval-momentum", "caption": "Mean gap $\\log p(x) - \\mathbb{E} \\log w$ of one chain. Left: against the step size, at 100 gradients; filled marks are the best step of each kernel. Right: against the number of gradients, each kernel at its best step. Bars are two standard errors; the dotted line has slope $-1$."}, "image": {"alt": "Left, four curves with a minimum each: that of five leapfrog steps at the smallest steps, that of three near 0.3, that of HAIS, the lowest of all, at 0.4, and that of Langevin at 0.5. Right, four falling lines on doubly logarithmic axes that approach slope minus one; HAIS lies lowest throughout, Langevin and three leapfrog steps lie together above it, five leapfrog steps highest."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-eval-momentum", "caption": "Mean gap $\\log p(x) - \\mathbb{E} \\log w$ of one chain. Left: against the step size, at 100 gradients; filled marks are the best step of each kernel. Right: against the number of gradients, each kernel at its best step. Bars are two standard errors; the dotted line has slope $-1$."}, "image": {"alt": "Left, four curves with a minimum each: that of five leapfrog steps at the smallest steps, that of three near 0.3, that of HAIS, the lowest of all, at 0.4, and that of Langevin at 0.5. Right, four falling lines on doubly logarithmic axes that approach slope minus one; HAIS lies lowest throughout, Langevin and three leapfrog steps lie together above it, five leapfrog steps highest."}}
 figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.5), sharey=True)
 for (name, points), mark in zip(gap_curves.items(), "osDv", strict=True):
     swept, i = [p.mean for p in sweeps[name]], step_sizes.index(best_step[name])
@@ -412,7 +412,7 @@ assert all(hais_gap.mean + 4 * hais_gap.se < gap[-1].mean for gap in others)
 # %% [markdown]
 # Carried momentum nearly halves the gap of the best kernel without it. Among those without it, five leapfrog steps are no better than one: they spend their gradients at fewer temperatures. With each kernel at its own best step the gap falls nearly as one over the number of gradients.
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## The schedule
 #
 # How should the temperatures be spaced? Suppose first that the transitions are perfect. Then each increment is taken at an exact draw from $f_{t-1}$, normalised, and the gap is a sum of divergences between neighbours,
@@ -456,7 +456,7 @@ def toy_sandwich(temperatures: int):
 lengths = [5, 10, 20, 40, 80]
 sandwich = [toy_sandwich(t) for t in lengths]
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-eval-sandwich", "caption": "Bidirectional Monte Carlo on 200 simulated pairs of the linear model: mean error of the forward (lower) and the reverse (upper) bound, four chains each, with two standard errors. The truth is the line at zero."}, "image": {"alt": "Two curves close in on the zero line from below and from above as the number of temperatures grows."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-eval-sandwich", "caption": "Bidirectional Monte Carlo on 200 simulated pairs of the linear model: mean error of the forward (lower) and the reverse (upper) bound, four chains each, with two standard errors. The truth is the line at zero."}, "image": {"alt": "Two curves close in on the zero line from below and from above as the number of temperatures grows."}}
 figure, ax = plt.subplots(figsize=(6.0, 3.2))
 names, colours = ("lower bound", "upper bound"), ("bound", "approximation")
 for side, (name, colour) in enumerate(zip(names, colours, strict=True)):
@@ -480,13 +480,13 @@ rows = [[f"{t}", *pair] for t, pair in zip(lengths, sandwich, strict=True)]
 columns = ["T", "error of the lower bound", "of the upper bound"]
 results.markdown_table(columns, rows)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## What breaks it: steps that adapt while you measure
 #
 # {prf:ref}`thm-eval-unbiased` asks that each kernel leave $f_t$ invariant. A kernel whose step size depends on the chain's own past does not: it moves some positions further than others. Many programs adapt the step during the very run they report, and still call the result a lower bound. On one latent dimension the effect can be measured. The rule is the usual one, per chain: after an acceptance probability above 0.65 multiply the step by a factor, else divide by it.
 
 
-# %% mystnb={"table": {"name": "tab-eval-adapting", "caption": "Mean of the weights over $p(x)$, which must be one, when each chain multiplies or divides its step by a factor while it anneals; ± is the standard error over chains."}}
+# %% tags=["slide"] mystnb={"table": {"name": "tab-eval-adapting", "caption": "Mean of the weights over $p(x)$, which must be one, when each chain multiplies or divides its step by a factor while it anneals; ± is the standard error over chains."}}
 def adapting_weights(factor: float, num_chains: int) -> torch.Tensor:
     rng, temperatures, likelihood = stream(15), 20, Normal(2.0, 0.3)
     z = torch.randn(num_chains, 1, generator=rng)
@@ -557,7 +557,7 @@ with torch.no_grad():
     shown = decoder.likelihood(path[frames]).mean.cpu()
 
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-eval-annealing", "caption": "Annealing. In each frame: left, three observed test digits; right, what six chains for each believe at the inverse temperature above the frame."}, "image": {"alt": "An animation: six columns of unrelated blurred digits turn into six near copies of the observed digit at the left of each of three rows."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-eval-annealing", "caption": "Annealing. In each frame: left, three observed test digits; right, what six chains for each believe at the inverse temperature above the frame."}, "image": {"alt": "An animation: six columns of unrelated blurred digits turn into six near copies of the observed digit at the left of each of three rows."}}
 def draw(figure, frame):
     ax = figure.subplots()
     blank, chains = torch.zeros(3, 1, 784), shown[frame].transpose(0, 1)
@@ -606,7 +606,7 @@ rows = [[name, spaced(name)] for name in list(spacings)[1:]]
 columns = ["schedule", "minus sigmoid, nats in pairs"]
 results.markdown_table(columns, rows, decimals=1)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # Density at $b = 0$ is worth more than ten nats at this length, as {eq}`eq-eval-spacing` says. Density at $b = 1$ is not seen to help: the two schedules without it are level with the sigmoid or better, within the errors that these images leave. So the lag of imperfect transitions is no reason to spend half of the temperatures at the end, for this decoder and these kernels. We keep the sigmoid below because it is what other tables use; for a decoder of your own, try both.
 #
 # ### Which images?
@@ -641,7 +641,7 @@ rows = [
 ]
 results.markdown_table(["estimate", "mean, nats"], rows, decimals=1)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-eval-control", "caption": "The control variate on 100 random test images: recorded HAIS against the two-sample bound, with the least-squares line. The triangle below marks the bound's mean over these images, the vertical line its mean over all 10,000."}, "image": {"alt": "A scatter of one hundred points close to a rising straight line, from about minus 170 to minus 30 on both axes; the few lowest points lie above the line. The triangle at the bottom lies on the vertical line near minus 89."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-eval-control", "caption": "The control variate on 100 random test images: recorded HAIS against the two-sample bound, with the least-squares line. The triangle below marks the bound's mean over these images, the vertical line its mean over all 10,000."}, "image": {"alt": "A scatter of one hundred points close to a rising straight line, from about minus 170 to minus 30 on both axes; the few lowest points lie above the line. The triangle at the bottom lies on the vertical line near minus 89."}}
 figure, ax = plt.subplots(figsize=(5.2, 3.4))
 c, y = control[few], recorded_hais
 ax.plot(c, y, "o", markersize=4, color=plotting.COLOURS["bound"])
@@ -654,7 +654,7 @@ ax.axvline(control.mean().item(), color=plotting.COLOURS["exact"], linestyle="--
 ax.set(xlabel="two-sample bound, nats", ylabel="HAIS, nats")
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # The first hundred images are nearly three nats easier than the test set. Beside a published mean over 10,000 images, a mean over them alone would flatter any decoder. The control variate leaves about a sixth of the standard error, so that 100 expensive images do the work of thousands: the bound predicts most of what makes one digit's value differ from another's ({numref}`fig-eval-control`). It removes the error of *which images* were drawn, not that of the estimates themselves. {py:func}`amortised.evaluation.regression_mean` is the estimator.
 #
 # (sec-eval-correlated)=
@@ -722,7 +722,7 @@ for name, fit in fits.items():
 columns = ["decoder", "mean-field gap", "by the formula", "full-covariance gap"]
 results.markdown_table([*columns, "IS, mean field minus full"], rows, decimals=1)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-eval-correlated", "caption": "Left and middle: absolute correlations of the 32 latents under the fitted posterior, averaged over test images, for the two decoders; the diagonal is left out. Right: the mean-field gap of each image, measured, against the gap that its fitted covariance implies; on the dashed line the covariance explains the whole gap."}, "image": {"alt": "Two square heat maps with one colour scale: that of the variational auto-encoder is pale apart from two dark spots, that of the chain-trained decoder is filled with values up to 0.4. Right, a scatter: the points of the auto-encoder lie between two and six nats, those of the chain-trained decoder between twelve and 26, both along the dashed diagonal and up to a few nats above it."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-eval-correlated", "caption": "Left and middle: absolute correlations of the 32 latents under the fitted posterior, averaged over test images, for the two decoders; the diagonal is left out. Right: the mean-field gap of each image, measured, against the gap that its fitted covariance implies; on the dashed line the covariance explains the whole gap."}, "image": {"alt": "Two square heat maps with one colour scale: that of the variational auto-encoder is pale apart from two dark spots, that of the chain-trained decoder is filled with values up to 0.4. Right, a scatter: the points of the auto-encoder lie between two and six nats, those of the chain-trained decoder between twelve and 26, both along the dashed diagonal and up to a few nats above it."}}
 figure, axes = plt.subplots(1, 3, figsize=(8.6, 2.9))
 for ax, (name, covariance) in zip(axes, covariances.items(), strict=False):
     sd = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -740,7 +740,7 @@ axes[2].set(xlabel="implied gap, nats", ylabel="measured gap, nats")
 axes[2].legend(fontsize="small")
 plt.show()
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # The posteriors of the chain-trained decoder are **correlated, and otherwise nearly Gaussian**. The mean-field bound misses nearly twenty nats, the formula accounts for almost all of them, and the full-covariance bound is within about a nat of $\log p(x)$, a gap that a few hundred importance samples close. The variational auto-encoder was trained *through* a mean-field bound: the bound rewards a decoder whose axes lie where its encoder can follow, as model B's did at the beginning of this chapter, and {numref}`fig-eval-correlated` shows the result. Chains follow correlations, so a decoder trained by them has no reason to align its axes.
 #
 # ### Held against annealing
@@ -760,7 +760,7 @@ certificates = {
 }
 annealed = evaluation.hais_ll(hard, x_test, **hais, **settings)
 
-# %% tags=["hide-input"] mystnb={"figure": {"name": "fig-eval-bdmc", "caption": "Upper minus lower bound on $\\log p(x)$ for digits that the chain-trained decoder generated itself, one mark for each digit and estimator, and the means with two standard errors on the right. Below the dotted line bounds have crossed, which noise allows in single pairs."}, "image": {"alt": "For each simulated digit two marks. The gaps of AIS with fresh momentum lie between two and nine nats, those of HAIS between minus two and three. On the right two means with bars, near five nats and near one."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-eval-bdmc", "caption": "Upper minus lower bound on $\\log p(x)$ for digits that the chain-trained decoder generated itself, one mark for each digit and estimator, and the means with two standard errors on the right. Below the dotted line bounds have crossed, which noise allows in single pairs."}, "image": {"alt": "For each simulated digit two marks. The gaps of AIS with fresh momentum lie between two and nine nats, those of HAIS between minus two and three. On the right two means with bars, near five nats and near one."}}
 figure, ax = plt.subplots(figsize=(6.8, 3.0))
 for i, (name, certificate) in enumerate(certificates.items()):
     place, mark = torch.arange(num_pairs) + 0.25 * i, "os"[i]
@@ -773,7 +773,7 @@ ax.set_xticks([0, num_pairs - 1, num_pairs + 1.5], labels=[1, num_pairs, "means"
 ax.legend(fontsize="small")
 plt.show()
 
-# %% mystnb={"table": {"name": "tab-eval-annealed", "caption": "The check by annealing for the chain-trained decoder. Gaps are those of the sandwich in nats, mean ± standard error over simulated pairs; the difference below them is paired over these pairs, the next one over test images. ESS is the mean effective sample size, of the samples named."}}
+# %% tags=["slide"] mystnb={"table": {"name": "tab-eval-annealed", "caption": "The check by annealing for the chain-trained decoder. Gaps are those of the sandwich in nats, mean ± standard error over simulated pairs; the difference below them is paired over these pairs, the next one over test images. ESS is the mean effective sample size, of the samples named."}}
 # NBVAL_CHECK_OUTPUT
 full = fits["50-step chains"]["full covariance"]
 rows = [[f"gap, {name}", c.expected_gap] for name, c in certificates.items()]
@@ -789,7 +789,7 @@ for name, ess in (
     rows.append([f"ESS, {name}", f"{ess.mean():.1f}"])
 results.markdown_table(["quantity", "value"], rows, decimals=1)
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # What a certificate says: *for images that the model generates, estimates at these settings are off by less than the gap, on average*. What it does not: real digits are not samples of the model, and their posteriors may be harder. Here the two agree. On the test images the full covariance lies above HAIS by no more than HAIS may be low, so neither has missed what the other found. It took 1500 gradients and 512 likelihoods for each image; HAIS with 100 chains, as the source of the next section ran it, takes 50,000 gradients at this length. The effective sample sizes are not on one scale: each is out of its own number of samples.
 #
 # (sec-eval-results)=
@@ -797,7 +797,7 @@ results.markdown_table(["quantity", "value"], rows, decimals=1)
 #
 # {cite:t}`li2017amc` evaluated ten ways to train one small decoder twice: by importance sampling with $K = 5000$ and by annealing with $K = 100$. The ten rows are a study of this book too; chapter 5 says what they are. Here we only ask how well they were *measured*. Published values are means over the 10,000 test images, recorded ones over the first 100, which are easier; and trainings differ in length. So compare within a column.
 
-# %% mystnb={"table": {"name": "tab-eval-table1", "caption": "Annealed $\\log p(x)$ in nats: published, all 10,000 test images; recorded at laptop scale, the first 100, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds."}}
+# %% tags=["slide"] mystnb={"table": {"name": "tab-eval-table1", "caption": "Annealed $\\log p(x)$ in nats: published, all 10,000 test images; recorded at laptop scale, the first 100, mean ± standard error over images, and in parentheses half the width of the 95 % t-interval over seeds."}}
 # NBVAL_CHECK_OUTPUT
 published = {}
 for metric in ("IS-LL", "HAIS-LL"):
@@ -841,12 +841,12 @@ print("the same five rows lose most by importance sampling:", worst[0] == worst[
 #
 # The certificates say how far to trust the annealed column. At this short schedule it is worst for the decoders with the sharpest posteriors, so their values are too low by more: differences larger than the certificates stand, smaller ones need longer chains, carried momentum or the full covariance.
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # ## Evaluate your own decoder
 #
 # Any module with `prior()` and `log_likelihood(x, z)` will do. Start with the full covariance, which is cheap; certify annealing; and report both:
 
-# %%
+# %% tags=["slide"]
 torch.manual_seed(seed)
 network = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 784))  # yours
 mine = BernoulliDecoder(network, latent_dim=2, observation_dim=784)
@@ -864,7 +864,7 @@ print(f"log p(x) = {estimate.summary.mean:.1f} nats (untrained)")
 print(f"certified to {bound.mean:.1f} ± {bound.se:.1f} nats on its own samples")
 print(f"full covariance minus annealing: {difference.mean:.1f} nats")
 
-# %% [markdown]
+# %% [markdown] tags=["slide"]
 # A long evaluation can be stopped at any moment. Say where its finished blocks of 100 images are to be kept, and the same lines go on where they were:
 #
 # ```python

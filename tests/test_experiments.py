@@ -117,11 +117,13 @@ def fault_of(content: dict | str, tmp_path: Path) -> str:
         ({"small/rows/VAE-2": {}}, "rows.VAE-2.[key] = 'VAE-2': string should match pattern"),
         ({"Study 1": STUDIES["small"]}, "'Study 1': string should match pattern '^[a-z0-9_]+$'"),
         # names
-        ({"small/recipe": "gan"}, "small.recipe = 'gan': input should be 'amc', 'distillation', "),
+        ({"small/recipe": "gan"}, "small.recipe: 'gan' is none of amc, distillation, vae, "),
         (
-            {"small/recipe": ["amc"]},
-            "small.recipe = ['amc']: input should be 'amc', 'distillation', ",
+            {"small/recipe": "gan.OWN"},
+            "recipe: 'gan.OWN' cannot be imported: No module named 'gan'",
         ),
+        ({"small/recipe": "math.pi"}, "recipe: 'math.pi' is none of amc, "),
+        ({"small/recipe": ["amc"]}, "small.recipe = ['amc']: input should be a valid string"),
         ({"small/recipe_version": 0}, "recipe_version = 0: input should be greater than"),
         ({"small/scales/huge": {}}, "'huge': input should be 'laptop' or 'full'"),
         ({f"{VAE}/scales": ["huge"]}, "rows.vae: scales[0] = 'huge': input should be 'laptop' or"),

@@ -302,7 +302,7 @@ def test_refresh_takes_the_next_minibatch(route):
     before = fn(torch.zeros(1, 1, 32))[0]
     fn.refresh(x)
     assert fn(torch.zeros(1, 1, 32))[0] != before
-    with pytest.raises(ValueError, match="x must be binary"):
+    with pytest.raises(ValueError, match="x must hold zeros and ones"):
         fn.refresh(torch.full((2, 784), 0.5))
 
 
@@ -412,10 +412,10 @@ def test_annealing_finds_the_evidence_on_every_route(route, dtype):
         (dict(route="eager", dtype=torch.bfloat16), "eager route runs in the model's own type"),
         (dict(chunk_size=0), "chunk_size must be an integer, at least 1; got 0"),
         (dict(chunk_size=2.5), "chunk_size must be an integer"),
-        (dict(x=torch.zeros(784)), r"x must be \[B, P\] with P = 784"),
+        (dict(x=torch.zeros(784)), r"x must be \[N, 784\], N at least 1; got \(784,\)"),
         (dict(x=torch.zeros(2, 28, 28)), r"got \(2, 28, 28\)"),
-        (dict(x=torch.zeros(0, 784)), "B at least 1"),
-        (dict(x=torch.full((2, 784), 0.5)), "x must be binary"),
+        (dict(x=torch.zeros(0, 784)), "N at least 1"),
+        (dict(x=torch.full((2, 784), 0.5)), "x must hold zeros and ones, not 0.5 to 0.5"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

@@ -329,7 +329,7 @@ def test_a_wrong_value_is_one_line_that_names_it_and_the_choices(arguments):
 
 def test_readme_names_every_chapter_and_only_targets_that_exist():
     targets = set(re.findall(r"^([a-z]+):", read("Makefile"), flags=re.MULTILINE))
-    pages = [f"book/{name}.md" for name in ("reproducing", "studying", "teaching")]
+    pages = [f"book/{name}.md" for name in ("reproducing", "studying", "teaching", "adding")]
     for name in ("README.md", "CONTRIBUTING.md", *pages):
         named = re.findall(r"(?:^|`)make ([a-z]+)", read(name), flags=re.MULTILINE)
         assert set(named) <= targets, name

@@ -109,6 +109,8 @@ def test_differences_are_paired_over_images_and_seeds(root):
     table = tables.paired_table(study, [("amc", "vae")], "ll", LABELS, published=source)
     assert table.splitlines()[0] == "| difference | published | in pairs | seed by seed |"
     assert table.splitlines()[2].startswith("| AMC minus VAE | 1.50 | 3.00 ± 1.00 (95 % over seeds")
+    table = tables.paired_table(study, [("amc", "vae")], "ll", LABELS, published={"vae": -80.0})
+    assert table.splitlines()[2].startswith("| AMC minus VAE | – | 3.00 ± 1.00 (95 % over seeds")
 
 
 def test_the_runs_behind_a_table_are_named(root):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from .encoders import conv_trunk
-from .models import LatentVariableModel
+from .models import LatentVariableModel, log_joint_fn
 from .numerics import check_counts, is_capturing, value_and_grad
 
 Critic = Callable[[Tensor, Tensor], Tensor]
@@ -504,7 +504,7 @@ def avb_loss(
     """
     log_contrast = (contrast or _standard_normal(z)).log_prob(z)
     logits = avb_logits(discriminator, x, z, contrast)
-    return _mean_over_samples(logits + log_contrast - model.log_joint(x, z))
+    return _mean_over_samples(logits + log_contrast - log_joint_fn(model)(x, z))
 
 
 def adaptive_contrast(z: Tensor) -> Independent:

@@ -46,7 +46,7 @@ from . import adversarial
 from .adversarial import MIN_MMD_SAMPLES, Critic
 from .encoders import ImplicitEncoder
 from .mcmc import SampledChain, ValueAndGrad, langevin_step, sample_chain
-from .models import LatentVariableModel
+from .models import LatentVariableModel, as_model, check_fixed, log_joint_fn
 from .numerics import all_finite, check_counts
 from .objectives import elbo
 
@@ -120,6 +120,7 @@ def teacher_chain(
     :return: positions after the steps, ``[T, K, B, D]``, without the start; and the mean
         acceptance probability ``[K, B]``, None for the unadjusted kernel.
     :raises FloatingPointError: when a position is not finite. Nothing is ever clipped.
+    :raises ValueError: when a layer of the model is random: dropout or batch norm in training.
 
     >>> from amortised.models import LinearGaussian
     >>> model = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
@@ -131,10 +132,11 @@ def teacher_chain(
     (torch.Size([4, 3, 5, 1]), None)
     """
     check_counts(num_steps=num_steps)
+    check_fixed(model)
     _check_finite(z0, "the student's samples")
-    logdensity_fn = partial(model.log_joint, x)
+    logdensity_fn = partial(log_joint_fn(model), x)
     if route is not None:
-        logdensity_fn = partial(_given_log_joint, model.prior().log_prob, route(x))
+        logdensity_fn = partial(_given_log_joint, as_model(model).prior().log_prob, route(x))
     step = partial(kernel, logdensity_fn=logdensity_fn, step_size=step_size, generator=generator)
     chain = sample_chain(step, z0.detach(), num_steps)
     _check_finite(chain.samples, "the chain's positions")
@@ -458,7 +460,7 @@ def amc_step(
     z_teacher = teacher(x, z_student.detach())
     losses = {}
     if "model" in optimizers:
-        losses["model"] = descend(-model.log_joint(x, z_teacher), optimizers["model"])
+        losses["model"] = descend(-log_joint_fn(model)(x, z_teacher), optimizers["model"])
     lesson = Lesson(model, discriminator, x, z_student, z_teacher, q, encoder)
     if rule.critic is not None:
         lesson = lesson._replace(discriminator=rule.critic(lesson))
@@ -605,7 +607,7 @@ def persistent_step(
     _check_optimizers(optimizers, {"model"})
     z = teacher(x, chains(index))
     chains.store(index, z)
-    return {"model": descend(-model.log_joint(x, z), optimizers["model"])}
+    return {"model": descend(-log_joint_fn(model)(x, z), optimizers["model"])}
 
 
 def short_run_step(
@@ -628,7 +630,7 @@ def short_run_step(
     """
     _check_optimizers(optimizers, {"model"})
     z = teacher(x, _draw(model.prior(), 1, len(x)))
-    return {"model": descend(-model.log_joint(x, z), optimizers["model"])}
+    return {"model": descend(-log_joint_fn(model)(x, z), optimizers["model"])}
 
 
 def _check_optimizers(optimizers: Optimizers, required: set[str]) -> None:

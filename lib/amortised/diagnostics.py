@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adversarial import adaptive_contrast, discriminator_loss, standardised_features
 from .amc import Encoder, Teacher, student_samples
-from .models import LatentVariableModel
+from .models import LatentVariableModel, as_model
 from .numerics import check_counts
 from .training import fit, gradient_step, half_cosine
 
@@ -52,6 +52,7 @@ def student_diagnostics(
     """
     check_counts(minimum=4, num_samples=num_samples)
     check_counts(minimum=2, num_observations=len(x))
+    model = as_model(model)
     z_student = student_samples(encoder, x, num_samples)
     z_teacher = teacher(x, z_student)
     z_long = long_chain(x, z_teacher)

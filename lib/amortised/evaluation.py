@@ -19,6 +19,7 @@ import copy
 import hashlib
 import itertools
 import math
+import pkgutil
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -34,14 +35,13 @@ from . import ais, data, encoders, iterative, models, results
 from .fast import LogLikelihoodAndGrad, log_likelihood_and_grad
 from .files import Work
 from .mcmc import ValueAndGrad
-from .models import LatentVariableModel
+from .models import LatentVariableModel, check_model, like
 from .numerics import check_counts, check_seed, effective_sample_size, log_mean_exp, seeded
 from .objectives import check_proposal, elbo
 from .training import fit, gradient_step, half_cosine
 
 BLOCK_SIZE = 100  # images that share a random stream, hence also what is kept or lost as one
 
-_NOISY = nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm  # unless they are told
 _PAIRS_PER_STEP = 5  # of opposite draws, behind each natural gradient
 _SAMPLES_PER_DRAW = 25  # importance samples drawn at once; part of what the random stream means
 
@@ -178,7 +178,7 @@ def importance_sampling_ll(
     >>> estimate.log_likelihood, estimate.ess.round()  # exact: the proposal is the posterior
     (tensor([-1.8280, -1.2655], dtype=torch.float64), tensor([10., 10.], dtype=torch.float64))
     """
-    x = _checked_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
+    model, x = check_model(model, x)
     check_counts(num_samples=num_samples)
 
     def evaluate(block: _Block) -> dict[str, Tensor]:
@@ -250,7 +250,7 @@ def hais_ll(
     >>> bool((estimate.log_likelihood - model.log_evidence(x)).abs().max() < 0.1)
     True
     """
-    x = _checked_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
+    model, x = check_model(model, x)
     chosen = _annealing(annealing)
 
     def evaluate(block: _Block) -> dict[str, Tensor]:
@@ -297,6 +297,7 @@ def bdmc_ll(
     """
     chosen = _annealing(annealing)
     check_counts(num_images=num_images)
+    model, _ = check_model(model)
 
     def evaluate(block: _Block) -> dict[str, Tensor]:
         with block.seeding_all("simulation"):
@@ -312,8 +313,7 @@ def bdmc_ll(
             "x": x,
         }
 
-    device = next(model.parameters()).device
-    values = _by_block(evaluate, _blocks(num_images, seed, device), work)
+    values = _by_block(evaluate, _blocks(num_images, seed, like(model).device), work)
     return BDMCEstimate(**values, num_samples=chosen.num_chains)
 
 
@@ -355,7 +355,7 @@ def fit_gaussian_proposal(
     >>> r(images).batch_shape, model.weight.requires_grad, model.weight.grad
     (torch.Size([64]), True, None)
     """
-    images = _checked_images(model, images, "images", binary=False)
+    model, images = check_model(model, images, name="images", grey=True)
     block = _Block(seed, 0, slice(0, len(images)), images.device)
     frozen = copy.deepcopy(model).requires_grad_(False)
     with block.seeding_all("proposal"):
@@ -452,14 +452,14 @@ def fit_full_covariance(
     >>> bool((estimate.log_likelihood - model.log_evidence(x)).abs().max() < 1e-3)
     True
     """
-    x = _checked_images(model, x, "x", binary=isinstance(model, models.BernoulliDecoder))
+    model, x = check_model(model, x)
     check_counts(num_steps=num_steps, num_starts=num_starts)
     prior_and_grad = ais.log_prob_and_grad(model.prior())
 
     def evaluate(block: _Block) -> dict[str, Tensor]:
         generator, images = block.generator("full covariance"), x[block.images]
         fast = (likelihood or partial(log_likelihood_and_grad, model))(images)
-        loc = next(model.parameters()).new_zeros(num_starts, len(images), model.latent_dim)
+        loc = like(model).new_zeros(num_starts, len(images), model.latent_dim)
         scale = torch.eye(model.latent_dim).to(loc).repeat(*loc.shape[:2], 1, 1)
         for step in range(num_steps):
             done = step / num_steps
@@ -592,7 +592,7 @@ def _prepare(
     prior_and_grad = ais.log_prob_and_grad(prior)
     path = ais.AnnealedPath(prior.log_prob, partial(model.log_likelihood, x), prior_and_grad, fast)
     if isinstance(fast, LogLikelihoodAndGrad):
-        is_coarse = fast.dtype is not next(model.parameters()).dtype
+        is_coarse = fast.dtype is not like(model).dtype
         path = path._replace(log_likelihood_fn=fast.log_likelihood, exact_energies=is_coarse)
     q = prior.expand((len(x),))
     if start is not None:
@@ -677,33 +677,41 @@ def _annealing(choices: Mapping[str, object]) -> Annealing:
     return annealing
 
 
-def _checked_images(model: LatentVariableModel, x: Tensor, name: str, binary: bool) -> Tensor:
-    """The images in the type of the model's weights, whatever their own."""
-    for part in model.modules():
-        if part.training and isinstance(part, _NOISY):
-            raise ValueError(f"the model's {type(part).__name__} is training; call model.eval()")
-    device, observation_dim = next(model.parameters()).device, model.observation_dim
-    if x.ndim != 2 or x.shape[1] != observation_dim or not len(x):
-        raise ValueError(
-            f"{name} must be [N, {observation_dim}], N at least 1; got {tuple(x.shape)}"
-        )
-    if x.device != device:
-        raise ValueError(f"{name} is on {x.device} and the model on {device}; move one of them")
-    if binary and not ((x == 0) | (x == 1)).all():
-        raise ValueError(
-            f"{name} must hold zeros and ones, not {x.min():g} to {x.max():g}; see data.binarise"
-        )
-    return x.to(next(model.parameters()).dtype)
-
-
 # --- networks from files -------------------------------------------------------------------------
+
+
+def named(name: str, kind: type, known: Mapping[str, object]) -> object:
+    """What a name stands for: one that is known, or ``"module.NAME"`` of a reader's own module.
+
+    The module is imported from where Python looks: the working folder, then ``PYTHONPATH``.
+
+    :param kind: what it must be an instance of, or a subclass.
+    :param known: by name.
+    :raises ValueError: when there is none such, with the choices.
+
+    >>> named("vea", int, {"vae": 1, "amc": 2})
+    Traceback (most recent call last):
+        ...
+    ValueError: 'vea' is none of vae, amc, and no int of your own, named module.NAME
+    """
+    found = known.get(name)
+    if "." in name:
+        try:
+            found = pkgutil.resolve_name(name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{name!r} cannot be imported: {error}") from error
+    if not isinstance(found, kind) and not (isinstance(found, type) and issubclass(found, kind)):
+        choices = f"none of {', '.join(known)}, and " if known else ""
+        raise ValueError(f"{name!r} is {choices}no {kind.__name__} of your own, named module.NAME")
+    return found
 
 
 def build_module(architecture: Mapping[str, object]) -> nn.Module:
     """A new network from its description.
 
     :param architecture: the name of a class of :mod:`amortised.models`,
-        :mod:`amortised.encoders` or :mod:`amortised.iterative`, and its arguments.
+        :mod:`amortised.encoders` or :mod:`amortised.iterative`, or that of a class of your own as
+        :func:`named` finds it, and its arguments.
     :raises amortised.results.ResultError: if there is no such class.
     :raises TypeError: if it takes no such arguments.
 
@@ -712,10 +720,10 @@ def build_module(architecture: Mapping[str, object]) -> nn.Module:
     """
     arguments = dict(architecture)
     name = str(arguments.pop("class", None))
-    homes = (models, encoders, iterative)
-    kind = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise results.ResultError(f"its class is {name!r}, which is no model or encoder")
+    try:
+        kind = named(name, nn.Module, vars(models) | vars(encoders) | vars(iterative))
+    except ValueError as error:
+        raise results.ResultError(f"its class is {name!r}, which is no model or encoder") from error
     return kind(**arguments)
 
 

@@ -32,7 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cuda import CapturedFunction
-from .models import BernoulliDecoder, LatentVariableModel
+from .models import (
+    BernoulliDecoder,
+    LatentVariableModel,
+    as_model,
+    check_fixed,
+    checked_observations,
+    like,
+)
 from .numerics import check_counts, is_capturing, value_and_grad
 
 ROUTES = ("auto", "eager", "rewritten", "dense")
@@ -108,7 +115,9 @@ def log_likelihood_and_grad(
     """
     if route not in ROUTES:
         raise ValueError(f"route must be one of {', '.join(ROUTES)}; got {route!r}")
-    weight = next(model.parameters())
+    model = as_model(model)
+    check_fixed(model)
+    weight = like(model)
     if dtype not in (None, weight.dtype, *_LOW_PRECISION):
         raise ValueError(f"dtype must be {weight.dtype}, bfloat16 or float16; got {dtype}")
     if chunk_size is None:
@@ -138,7 +147,7 @@ class LogLikelihoodAndGrad:
     def __init__(
         self, model: LatentVariableModel, x: Tensor, route: str, dtype: torch.dtype, chunk_size: int
     ):
-        self._model, self._like = model, next(model.parameters()).new_empty(0)
+        self._model, self._like = model, like(model).new_empty(0)
         self.dtype, self.chunk_size = dtype, chunk_size
         self.route, self._stages, order = _choose(model, route)
         self._order = order.to(self._like.device)
@@ -161,17 +170,10 @@ class LogLikelihoodAndGrad:
 
     def _observe(self, x: Tensor) -> None:
         """Check x, and keep what the likelihood needs of it: for pixels, the signs ``2 x - 1``."""
-        observation_dim = self._model.observation_dim
-        if x.ndim != 2 or x.shape[1] != observation_dim or len(x) == 0:
-            raise ValueError(
-                f"x must be [B, P] with P = {observation_dim}, B at least 1; got {tuple(x.shape)}"
-            )
-        if not _is_bernoulli(self._model):
-            self._data = x.to(self._like, copy=True)
-            return
-        if not is_capturing() and not ((x == 0) | (x == 1)).all():
-            raise ValueError("x must be binary, 0 or 1; binarise the images first")
-        self._data = (2.0 * x.to(self._like) - 1.0)[:, self._order]
+        is_binary = _is_bernoulli(self._model)
+        x = x.to(self._like.device)
+        x = checked_observations(self._model, x, is_binary and not is_capturing())
+        self._data = (2.0 * x - 1.0)[:, self._order] if is_binary else x.clone()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -450,7 +452,7 @@ def _choose(model: LatentVariableModel, route: str) -> tuple[str, list[_Stage], 
     """
     chosen = route
     if route == "auto":
-        chosen = "dense" if next(model.parameters()).device.type == "cuda" else "rewritten"
+        chosen = "dense" if like(model).device.type == "cuda" else "rewritten"
     if chosen != "eager":
         try:
             return chosen, *(_dense(model) if chosen == "dense" else _rewritten(model))

@@ -26,7 +26,7 @@ from torch.distributions import Distribution
 from torch.utils.checkpoint import checkpoint
 
 from .mcmc import LeapfrogState, LogDensity, leapfrog_step
-from .models import LatentVariableModel
+from .models import LatentVariableModel, log_joint_fn
 from .numerics import argument_validation, check_counts, value_and_grad
 from .objectives import check_proposal
 
@@ -221,7 +221,7 @@ def hvae_path(
     """
     check_counts(num_samples=num_samples)
     check_proposal(q, x)
-    logdensity_fn = partial(model.log_joint, x)
+    logdensity_fn = partial(log_joint_fn(model), x)
     z0 = q.rsample((num_samples,))
     noise, alphas = torch.randn_like(z0), flow.alphas()
     end = flow(z0, noise / alphas.prod(), logdensity_fn, **options)

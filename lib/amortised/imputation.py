@@ -19,7 +19,7 @@ from torch.distributions import Independent
 from .ais import AISSettings, ais
 from .amc import Encoder, student_samples
 from .mcmc import hmc_step, sample_chain
-from .models import LatentVariableModel
+from .models import LatentVariableModel, check_model
 from .numerics import check_counts, effective_sample_size
 
 #: Masks of :func:`missing_mask`.
@@ -95,6 +95,7 @@ def impute(
     """
     _check_mask(x, mask)
     check_counts(num_iterations=num_iterations, num_chains=num_chains)
+    model, _ = check_model(model)
     start = torch.as_tensor(start, dtype=x.dtype, device=x.device)
     images = torch.where(mask, start, x).expand(num_chains, *x.shape)
     for _ in range(num_iterations):
@@ -263,6 +264,7 @@ def conditional_samples(
     """
     _check_mask(x, mask)
     check_counts(num_chains=num_chains, num_steps=num_steps)
+    model, _ = check_model(model)
     settings = AISSettings(*settings)
     log_prior_fn = model.prior().log_prob
     log_likelihood_fn = partial(observed_log_likelihood, model, x, mask)

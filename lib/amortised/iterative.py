@@ -30,7 +30,7 @@ from torch.nn.functional import elu
 from torch.optim import Optimizer
 
 from .encoders import bounded_log_scale
-from .models import AncestralGaussian, LatentVariableModel, conditional_normal
+from .models import AncestralGaussian, LatentVariableModel, as_model, conditional_normal
 from .numerics import argument_validation, check_counts
 from .objectives import check_proposal
 
@@ -132,7 +132,7 @@ class RefineTrace(NamedTuple):
 
 def _terms(model: LatentVariableModel, q: Distribution, x: Tensor, num_samples: int) -> Terms:
     z = q.rsample((num_samples,))
-    likelihood, prior = model.likelihood(z), conditional_normal(model.prior(), z)
+    likelihood, prior = as_model(model).likelihood(z), conditional_normal(model.prior(), z)
     divergences = kl_divergence(conditional_normal(q, z), prior).expand_as(z).mean(0)
     elbo = likelihood.log_prob(x).mean(0) - divergences.sum(-1)
     return Terms(elbo, divergences, z, likelihood, prior)
@@ -177,7 +177,7 @@ def start_at_prior(model: LatentVariableModel, x: Tensor) -> InferenceState:
     tensor(0.)
     """
     with torch.no_grad():
-        prior = model.prior()
+        prior = as_model(model).prior()
         z = x.new_zeros(*x.shape[:-1], model.latent_dim)
         if isinstance(prior, AncestralGaussian):
             z = prior.descend(z)
@@ -208,7 +208,7 @@ def look(
     parameters = state.parameters.detach().requires_grad_()
     with torch.enable_grad():
         terms = _terms(model, gaussian(parameters), state.x, num_samples)
-        learners = [p for p in model.parameters() if learn and p.requires_grad]
+        learners = [p for p in as_model(model).parameters() if learn and p.requires_grad]
         terms.elbo.sum().neg().div(len(state.x)).backward(inputs=[parameters, *learners])
     found = {"elbo": terms.elbo.detach(), "gradient": -len(state.x) * parameters.grad}
     return state._replace(parameters=parameters.detach(), terms=terms, **found)

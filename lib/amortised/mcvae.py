@@ -38,7 +38,7 @@ from torch.nn.functional import logsigmoid
 
 from .hvae import Path, raw_step_size
 from .mcmc import LeapfrogState, leapfrog_step, select
-from .models import LatentVariableModel
+from .models import LatentVariableModel, log_joint_fn
 from .numerics import argument_validation, check_counts, value_and_grad
 from .objectives import check_proposal
 
@@ -162,7 +162,7 @@ def _start(
     graph = torch.is_grad_enabled()
 
     def evaluate(z: Tensor) -> _Point:
-        target = value_and_grad(partial(model.log_joint, x), z, graph)
+        target = value_and_grad(partial(log_joint_fn(model), x), z, graph)
         return _Point(*value_and_grad(q.log_prob, z, graph), *target)
 
     z = q.rsample((num_samples,))
@@ -478,7 +478,7 @@ def metvae_path(
     check_proposal(q, x)
     if rule not in ("barker", "metropolis", "always"):
         raise ValueError(f"acceptance must be barker, metropolis or always; got {rule!r}")
-    logdensity_fn = partial(model.log_joint, x)
+    logdensity_fn = partial(log_joint_fn(model), x)
     uses_gradient = any(transform.uses_gradient for transform in maps)
     is_needed = rule != "always" and len(maps) > 0
 

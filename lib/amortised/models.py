@@ -1,24 +1,27 @@
 r"""Latent-variable models :math:`p_\theta(x, z) = p(z)\, p_\theta(x \mid z)`."""
 
+import warnings
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, distributions, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
 from .encoders import bounded_log_scale
-from .numerics import check_counts
+from .numerics import check_counts, seeded
 
 Conditional = Callable[[Tensor], Normal]
+_RANDOM_IN_TRAINING = nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm
 
 
 class LatentVariableModel(nn.Module):
     r"""A model with latent :math:`z \in \mathbb{R}^D` and observation :math:`x \in \mathbb{R}^P`.
 
-    Subclasses define :meth:`likelihood`; the prior is :math:`\mathcal{N}(0, I_D)` unless they
-    override :meth:`prior`. Shapes broadcast from the right: latents ``[K, B, D]`` meet observations
-    ``[B, P]``.
+    Subclasses define :meth:`likelihood`, or :meth:`log_likelihood` if nothing is to be drawn; the
+    prior is :math:`\mathcal{N}(0, I_D)` unless they override :meth:`prior`. Shapes broadcast from
+    the right: latents ``[K, B, D]`` meet observations ``[B, P]``. A model need not be a subclass:
+    :func:`as_model`.
 
     :param latent_dim: D.
     :param observation_dim: P.
@@ -32,8 +35,7 @@ class LatentVariableModel(nn.Module):
 
     def prior(self) -> Distribution:
         r"""The prior :math:`p(z)`, :math:`\mathcal{N}(0, I_D)` by default; event shape ``[D]``."""
-        like = next(self.parameters())
-        zeros = like.new_zeros(self.latent_dim)
+        zeros = like(self).new_zeros(self.latent_dim)
         return Independent(Normal(zeros, torch.ones_like(zeros)), 1)
 
     def likelihood(self, z: Tensor) -> Distribution:
@@ -42,7 +44,7 @@ class LatentVariableModel(nn.Module):
         :param z: latents, ``[..., D]``.
         :return: a distribution of batch shape ``[...]`` and event shape ``[P]``.
         """
-        raise TypeError(f"{type(self).__name__} must define likelihood(z)")
+        raise TypeError(f"the model has no likelihood(z): {PROTOCOL['likelihood']}")
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         r""":math:`\log p_\theta(x \mid z)` in nats.
@@ -52,7 +54,8 @@ class LatentVariableModel(nn.Module):
         :return: ``[B]`` or ``[K, B]``.
         :raises ValueError: when the last dimensions are not P and D.
         """
-        return self.likelihood(z).log_prob(self._checked(x, z))
+        x = self._checked(x, z)
+        return self.likelihood(z).log_prob(x)
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         r""":math:`\log p_\theta(x, z) = \log p(z) + \log p_\theta(x \mid z)` in nats.
@@ -60,8 +63,8 @@ class LatentVariableModel(nn.Module):
         Normalising constants are kept, so that ``log_joint`` minus a normalised ``log q`` is a
         log-weight for :math:`p_\theta(x)`. Arguments and errors as in :meth:`log_likelihood`.
         """
-        x = self._checked(x, z)
-        return self.prior().log_prob(z) + self.likelihood(z).log_prob(x)
+        log_likelihood = self.log_likelihood(x, z)
+        return self.prior().log_prob(z) + log_likelihood
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> tuple[Tensor, Tensor]:
@@ -536,3 +539,192 @@ class DeepLatentGaussian(LatentVariableModel):
             return Independent(Bernoulli(logits=output), 1)
         mean, raw = output.chunk(2, -1)
         return Independent(Normal(mean, bounded_log_scale(raw).exp()), 1)
+
+
+# --- models of a reader's own --------------------------------------------------------------------
+
+#: What a model states, and how; everything else follows from these.
+PROTOCOL = {
+    "latent_dim": "set it to the number D of latents",
+    "observation_dim": "set it to the number P of values in an observation",
+    "prior": "define prior(), a Distribution of event shape [D]",
+    "likelihood": "define likelihood(z), for z [..., D] a Distribution of batch shape [...] and "
+    "event shape [P]; or, where nothing is drawn, log_likelihood(x, z) of shape [...]",
+}
+
+
+class _Adapted(LatentVariableModel):
+    """A model of another class, with what follows from its own methods."""
+
+    def __init__(self, own: object):
+        nn.Module.__init__(self)
+        for name, part in ({"own": own} if isinstance(own, nn.Module) else vars(own)).items():
+            if isinstance(part, nn.Module):  # so that weights and modes are seen
+                self.add_module(name, part)
+            elif isinstance(part, Tensor):
+                self.register_buffer(name, part)
+        names = (*PROTOCOL, "log_likelihood", "log_joint", "sample")
+        vars(self).update({name: getattr(own, name) for name in names if hasattr(own, name)})
+        if not any(t.is_floating_point() for t in (*self.parameters(), *self.buffers())):
+            with torch.random.fork_rng():
+                self.register_buffer("drawn", self.prior().sample())
+
+
+def as_model(model: object) -> LatentVariableModel:
+    r"""A model of any class, with the methods that follow from those that it has.
+
+    It has sizes ``latent_dim`` and ``observation_dim``, a ``prior()`` and a ``likelihood(z)``
+    (:data:`PROTOCOL`), as a module or as a plain object. From these follow
+    :math:`\log p(x \mid z)`, :math:`\log p(x, z)` and draws, unless it has ``log_likelihood``,
+    ``log_joint`` or ``sample``.
+
+    :param model: a :class:`LatentVariableModel` is returned as it is.
+    :raises TypeError: when a piece is missing; it names all that are, each with its remedy.
+
+    >>> as_model(nn.Linear(2, 3))
+    Traceback (most recent call last):
+        ...
+    TypeError: a Linear is no model: no latent_dim (set it to the number D of latents), no ...
+    """
+    if isinstance(model, LatentVariableModel):
+        return model
+    told = {n: f"no {n} ({how})" for n, how in PROTOCOL.items() if not hasattr(model, n)}
+    if hasattr(model, "log_likelihood"):
+        told.pop("likelihood", None)
+    if told:
+        raise TypeError(f"a {type(model).__name__} is no model: {', '.join(told.values())}")
+    return _Adapted(model)
+
+
+def log_joint_fn(model: object) -> Callable[[Tensor, Tensor], Tensor]:
+    """``(x, z) -> log p(x, z)`` of a model: its own, or that of :func:`as_model`.
+
+    >>> log_joint_fn(LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0))(*torch.zeros(2, 1, 1))
+    tensor([-1.8379], grad_fn=...)
+    """
+    return (model if hasattr(model, "log_joint") else as_model(model)).log_joint
+
+
+def like(model: nn.Module) -> Tensor:
+    """A tensor of a model's type and device: its first weight, if it has one.
+
+    >>> like(nn.Linear(1, 1).double()).dtype
+    torch.float64
+    """
+    tensors = chain(model.parameters(), model.buffers())
+    return next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
+
+
+def check_fixed(model: object) -> None:
+    """Check that a model is one function: no layer of it is random or looks at the whole batch.
+
+    :raises ValueError: for dropout or batch normalisation in training mode.
+
+    >>> check_fixed(nn.Dropout())
+    Traceback (most recent call last):
+        ...
+    ValueError: the model's Dropout is training; call model.eval()
+    """
+    found = [model] if isinstance(model, nn.Module) else vars(model).values()
+    for part in chain(*(own.modules() for own in found if isinstance(own, nn.Module))):
+        if part.training and isinstance(part, _RANDOM_IN_TRAINING):
+            raise ValueError(f"the model's {type(part).__name__} is training; call model.eval()")
+
+
+def check_model(
+    model: object, x: Tensor | None = None, *, name: str = "x", grey: bool = False
+) -> tuple[LatentVariableModel, Tensor]:
+    """What every evaluation asks of a model and its observations, before any work.
+
+    The model is tried on two observations and six draws of its prior: shapes, values, and whether
+    these depend on what else is evaluated. The global stream is left as it was.
+
+    :param model: of any class, see :func:`as_model`.
+    :param x: observations, ``[N, P]``; by default draws of the model.
+    :param name: of the observations, in messages.
+    :param grey: whether a model of binary pixels is given grey values, to be binarised later.
+    :return: the model, and the observations in its type.
+    :raises TypeError: as :func:`as_model`.
+    :raises ValueError: when something does not fit, with the remedy. Probabilities that are passed
+        as logits can only be suspected; that is a warning.
+
+    >>> check_model(LinearGaussian(torch.ones(2, 1), torch.zeros(2), 1.0), torch.zeros(5, 3))
+    Traceback (most recent call last):
+        ...
+    ValueError: x must be [N, 2], N at least 1; got (5, 3)
+    """
+    model = as_model(model)
+    check_counts(latent_dim=model.latent_dim, observation_dim=model.observation_dim)
+    check_fixed(model)
+    _check_law("prior()", model.prior(), (), model.latent_dim)
+    with seeded(0, like(model).device):
+        x = model.sample(2)[0] if x is None else x
+        z = model.prior().sample((3, 2))
+    x = checked_observations(model, x, isinstance(model, BernoulliDecoder) and not grey, name)
+    few = x[:2].expand(2, -1)
+    _check_values(model, few.round() if isinstance(model, BernoulliDecoder) else few, z)
+    return model, x
+
+
+def checked_observations(
+    model: LatentVariableModel, x: Tensor, is_binary: bool, name: str = "x"
+) -> Tensor:
+    """The observations in the type of the model's weights, whatever their own.
+
+    :param x: ``[N, P]``, on the device of the model.
+    :param is_binary: whether they must be zeros and ones.
+    :param name: of the observations, in messages.
+    :raises ValueError: when they are not.
+
+    >>> checked_observations(BernoulliDecoder(nn.Linear(1, 2), 1, 2), torch.ones(1, 2).byte(), True)
+    tensor([[1., 1.]])
+    """
+    size, device = model.observation_dim, like(model).device
+    if x.ndim != 2 or x.shape[1] != size or not len(x):
+        raise ValueError(f"{name} must be [N, {size}], N at least 1; got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device} and the model on {device}; move one of them")
+    if is_binary and not ((x == 0) | (x == 1)).all():
+        raise ValueError(
+            f"{name} must hold zeros and ones, not {x.min():g} to {x.max():g}; see data.binarise"
+        )
+    return x.to(like(model).dtype)
+
+
+def _check_law(what: str, law: Distribution, batch: tuple[int, ...], size: int) -> None:
+    if not isinstance(law, Distribution) or (law.batch_shape, law.event_shape) != (batch, (size,)):
+        raise ValueError(
+            f"{what} must be a Distribution of batch shape {list(batch)} and event shape [{size}]; "
+            f"got {law!r:.90}. One law of all {size} values is Independent(..., 1)"
+        )
+
+
+@torch.no_grad()
+def _check_values(model: LatentVariableModel, x: Tensor, z: Tensor) -> None:
+    """Whether the likelihood of x, ``[2, P]``, at z, ``[3, 2, D]``, can be one."""
+    is_stated = type(model).likelihood is not LatentVariableModel.likelihood
+    try:
+        law = model.likelihood(z) if is_stated or "likelihood" in vars(model) else None
+        value, alone = model.log_likelihood(x, z), model.log_likelihood(x[:1], z[:, :1])
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"the likelihood fails at draws of the prior: {error}") from error
+    if law is not None:
+        _check_law("likelihood(z)", law, (3, 2), model.observation_dim)
+    given = vars(getattr(law, "base_dist", law or model))
+    logits = given.get("logits", torch.zeros(0))
+    low, high = logits.aminmax() if logits.numel() >= 100 and "probs" not in given else (0, 0)
+    if low > 0 and 0.5 < high - low < high < 1:  # not the nearly equal ones of an untrained decoder
+        message = "all logits are between 0 and 1: are they probabilities? Give these as probs"
+        warnings.warn(message, stacklevel=4)
+    fault = None
+    if value.shape != z.shape[:-1]:
+        fault = f"has shape {list(value.shape)} for z {list(z.shape)}; sum over pixels alone"
+    elif x.isfinite().all() and value.isnan().any():
+        fault = "is nan at draws of the prior; mend the likelihood"
+    elif law is None and ((x == 0) | (x == 1)).all() and (value > 0).any():
+        fault = f"of zeros and ones is {value.max():g}, above 0, and no log-probability: use "
+        fault += "logsigmoid of logits, or state a density as likelihood(z)"
+    elif not torch.allclose(alone, value[:, :1], rtol=1e-3, atol=1e-3, equal_nan=True):
+        fault = "is random, or depends on what else is evaluated; call model.eval()"
+    if fault:
+        raise ValueError(f"log_likelihood(x, z) {fault}")

@@ -2,8 +2,8 @@ r"""Bounds on the evidence and the surrogates whose gradients train models and e
 
 Every function returns one value per example, in nats; the caller averages. Draws come from the
 distribution ``q`` itself, hence from PyTorch's global random stream. ``model`` is anything with
-``log_joint(x, z)`` and, where the KL divergence is taken analytically, ``prior()`` and
-``log_likelihood(x, z)``.
+``log_joint(x, z)``, or that :func:`amortised.models.as_model` accepts; layers such as dropout act
+as in training, unless the caller has called ``model.eval()``.
 """
 
 import copy
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from .models import LatentVariableModel
+from .models import LatentVariableModel, as_model, log_joint_fn
 from .numerics import check_counts, log_mean_exp
 
 
@@ -34,7 +34,7 @@ def importance_log_weights(
     :raises ValueError: when K < 1 or the batch shapes of ``q`` and ``x`` differ.
     """
     z = _reparameterised_samples(q, x, num_samples)
-    return model.log_joint(x, z) - q.log_prob(z)
+    return log_joint_fn(model)(x, z) - q.log_prob(z)
 
 
 def elbo(
@@ -67,7 +67,7 @@ def elbo(
     """
     if not analytic_kl:
         return importance_log_weights(model, q, x, num_samples).mean(0)
-    z = _reparameterised_samples(q, x, num_samples)
+    model, z = as_model(model), _reparameterised_samples(q, x, num_samples)
     return model.log_likelihood(x, z).mean(0) - kl_divergence(q, model.prior())
 
 
@@ -224,7 +224,7 @@ def wake_phi_loss(
     """
     z, log_q = _fixed_samples(q, x, num_samples)
     with torch.no_grad():
-        normalised = torch.softmax(model.log_joint(x, z) - log_q, dim=0)
+        normalised = torch.softmax(log_joint_fn(model)(x, z) - log_q, dim=0)
     return -(normalised * q.log_prob(z)).sum(0)
 
 
@@ -250,7 +250,7 @@ def wake_theta_loss(
     tensor([True])
     """
     z, log_q = _fixed_samples(q, x, num_samples)
-    return -log_mean_exp(model.log_joint(x, z) - log_q, dim=0)
+    return -log_mean_exp(log_joint_fn(model)(x, z) - log_q, dim=0)
 
 
 def score_function_surrogate(log_weights: Tensor, log_q: Tensor, baseline: bool = True) -> Tensor:
@@ -343,7 +343,7 @@ def _path_log_weights(
             f"the parameters of {type(q).__name__} cannot be held fixed; use a distribution whose "
             "parameters are plain tensors, such as Normal or MultivariateNormal"
         )
-    return model.log_joint(x, z) - fixed.log_prob(z), z
+    return log_joint_fn(model)(x, z) - fixed.log_prob(z), z
 
 
 def _held_fixed(q: Distribution) -> Distribution:

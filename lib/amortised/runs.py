@@ -24,6 +24,7 @@ run goes on with the same numbers. It needs torch, numpy, safetensors and tqdm, 
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -39,7 +40,7 @@ from .commands import Parser, command, stop
 from .cuda import CapturedFunction
 from .files import LockedError, OutOfTimeError, Work
 from .numerics import argument_validation, seeded
-from .recipes import ARCHITECTURES, RECIPES, Outcome, Run, training_examples
+from .recipes import Outcome, Run, architectures, images_of, recipe_named, training_examples
 from .training import FitResult, fit, half_cosine
 
 EXIT_FAILED, EXIT_USAGE, EXIT_OUT_OF_TIME = 1, 2, 3
@@ -136,11 +137,12 @@ def _checked(folder: Path) -> dict:
     if spec is None:
         raise ValueError(f"{folder} holds no run.json; `python -m amortised.experiments` makes it")
     try:
-        own, is_known = Path(folder_name(spec)).name, spec["recipe"] in RECIPES
+        own, recipe = Path(folder_name(spec)).name, spec["recipe"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}/run.json is not that of a run: {error!r}") from None
-    if not is_known or own != folder.absolute().name:
-        raise ValueError(f"{folder}/run.json is that of {own}, recipe {spec['recipe']!r}")
+    if own != folder.absolute().name:
+        raise ValueError(f"{folder}/run.json is that of {own}")
+    recipe_named(recipe)
     return spec
 
 
@@ -157,11 +159,15 @@ def check_device(device: str) -> None:
 def _work(run: Run, spec: Mapping[str, object], training_only: bool) -> None:
     """Do the stages that are missing. A run that diverges is a result, too: it has failed."""
     begun, cpu_begun = time.monotonic(), time.process_time()
-    folder, recipe = run.work.folder, RECIPES[spec["recipe"]]
+    folder, recipe = run.work.folder, recipe_named(spec["recipe"])
     is_resumed = any(folder.glob("*.stage")) or any(folder.glob("*.safetensors"))
-    datasets = [run.config.get("dataset", "mnist")]
+    name = run.config.get("dataset", "mnist")
     # Of the code as read. Durations come from a clock that nobody sets.
-    facts = results.provenance(run.device, started=time.time(), wall_seconds=0.0, datasets=datasets)
+    facts = results.provenance(
+        run.device, started=time.time(), wall_seconds=0.0, datasets=[name]["." in name :]
+    )
+    if "." in name:
+        facts["data_sha256"] = _digests(name, run.config)
     training = read_json(folder / "training.json")
     try:
         is_cuda = run.device.type == "cuda"  # then it is the current one: graphs are captured there
@@ -187,6 +193,12 @@ def _work(run: Run, spec: Mapping[str, object], training_only: bool) -> None:
     _finish(folder, spec, training or {}, outcome, facts, cpu_seconds)
 
 
+def _digests(name: str, config: Mapping[str, object]) -> dict[str, str]:
+    """SHA-256 of the images of a reader's own data set, as bytes of their tensors."""
+    parts = {f"{name}/{part}": load() for part, load in images_of(config)._asdict().items()}
+    return {part: hashlib.sha256(x.numpy().tobytes()).hexdigest() for part, x in parts.items()}
+
+
 # --- training ------------------------------------------------------------------------------------
 
 
@@ -196,8 +208,8 @@ def _train(run: Run, spec: Mapping[str, object], facts: Mapping[str, object]) ->
     All learning rates fall along half a cosine.
     """
     config, folder = run.config, run.work.folder
-    training = RECIPES[spec["recipe"]].build(config, run.device)
-    count, draw = training.examples or training_examples(config | {"dataset": "mnist"}, run.device)
+    training = recipe_named(spec["recipe"]).build(config, run.device)
+    count, draw = training.examples or training_examples({"dataset": "mnist"} | config, run.device)
     state = training.networks | {f"{k} optimizer": o for k, o in training.optimizers.items()}
 
     def update(index: Tensor) -> Mapping[str, Tensor]:
@@ -210,11 +222,11 @@ def _train(run: Run, spec: Mapping[str, object], facts: Mapping[str, object]) ->
         index, work = torch.arange(count, device=run.device), run.work.stage("training")
         passes = {"epochs": config["epochs"], "batch_size": config["batch_size"], "seed": run.seed}
         result = fit(step, index, state, schedule=half_cosine, work=work, **passes)
-    architectures = training.architectures
-    if architectures is None:
+    kept = training.architectures
+    if kept is None:
         kinds = {"decoder": "decoder", "encoder": config.get("encoder", "gaussian")}
-        architectures = {role: ARCHITECTURES.get(kind) for role, kind in kinds.items()}
-    for role, architecture in architectures.items():
+        kept = {role: architectures(config).get(kind) for role, kind in kinds.items()}
+    for role, architecture in kept.items():
         if role in training.networks:
             details = {**spec, "role": role, "provenance": facts}
             path = folder / f"{role}.safetensors"

@@ -18,8 +18,10 @@ import yaml
 from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
 
 from . import data
+from .evaluation import named
 from .iterative import INPUTS
-from .recipes import BRIDGES, MAPS, RECIPES, RULES, VALIDATION_IMAGES
+from .models import BernoulliDecoder
+from .recipes import BRIDGES, MAPS, RECIPES, RULES, VALIDATION_IMAGES, Images, Recipe, recipe_named
 from .schemas import FormatError, Name, Seed, Sha256, Strict, validate
 from .targets import TARGETS
 
@@ -41,6 +43,13 @@ def _distinct(values: list) -> list:
     return values
 
 
+def _name_of(kind: type, known: Mapping[str, object]) -> Any:
+    """One of the names that are known, or the dotted name of a reader's own, which is imported."""
+    return Annotated[str, AfterValidator(lambda name: named(name, kind, known) and name)]
+
+
+RecipeName = _name_of(Recipe, RECIPES)
+DecoderName, DatasetName = _name_of(BernoulliDecoder, {}), _name_of(Images, {})
 InputNames = Annotated[list[Literal[INPUTS]], AfterValidator(_distinct)]
 
 
@@ -96,9 +105,13 @@ class _DrawnImagesOptions(Strict):
     simulated_pairs: Annotated[int, Field(ge=2)]
 
 
-class _EvidenceOptions(MinibatchOptions, _DrawnImagesOptions):
+class EvidenceOptions(MinibatchOptions, _DrawnImagesOptions):
     """Options of :func:`amortised.recipes.common.drawn_evidence`."""
 
+    #: A class of a reader's own, ``module.NAME``, made as ``NAME(latent_dim=32)``; or left out.
+    decoder: DecoderName = ""
+    #: A reader's own :class:`amortised.recipes.common.Images`, likewise; or left out, for MNIST.
+    dataset: DatasetName = ""
     held_out: Literal["test", "validation"]
     """Which images the evaluation draws from; the following are its settings, too."""
     #: Samples of the Gaussian that is fitted to an image.
@@ -168,7 +181,7 @@ class AmcOptions(_MethodOptions, TrainingOptions):
     """Options of :func:`amortised.recipes.amortised_mcmc.amc_training` and its evaluation."""
 
 
-class DistillationOptions(_MethodOptions, _EvidenceOptions):
+class DistillationOptions(_MethodOptions, EvidenceOptions):
     """Options of :func:`.recipes.amortised_mcmc.distillation_training`, and its evaluation."""
 
     discriminator_learning_rate: Positive
@@ -199,7 +212,7 @@ class VaeOptions(TrainingOptions):
     objective: Literal["elbo", "iwae", "dreg"]
 
 
-class ObjectiveOptions(_EvidenceOptions):
+class ObjectiveOptions(EvidenceOptions):
     """Options of :func:`amortised.recipes.autoencoders.vae_training` and its evaluation."""
 
     objective: Literal["elbo", "iwae", "dreg"]
@@ -214,6 +227,10 @@ class ObjectiveOptions(_EvidenceOptions):
     def _parts_fit_together(self) -> Self:
         if self.kl_warmup > 0 and self.objective != "elbo":
             raise ValueError(f"kl_warmup = {self.kl_warmup} belongs to objective = 'elbo'")
+        if self.prior == "mixture" and self.decoder:
+            raise ValueError(
+                "prior = 'mixture' is the book's decoder's; define prior() of your own"
+            )
         if self.prior == "mixture" and self.objective == "elbo":
             raise ValueError(
                 "prior = 'mixture' has no divergence in closed form; its ELBO is "
@@ -397,7 +414,7 @@ class Study(Strict):
     """A study as it stands in the file."""
 
     title: str
-    recipe: Literal[tuple(RECIPES)]
+    recipe: RecipeName
     recipe_version: PositiveInt
     seeds: Seeds
     common: Options
@@ -504,13 +521,14 @@ def _runs(
     settings = _validated(_Row, about, where, faults)
     if settings is None:
         return
+    options_of = OPTIONS.get(study.recipe) or recipe_named(study.recipe).options or Strict
     for scale in settings.scales or study.scales:
         if scale not in study.scales:
             faults.append(f"{where}: the study has no scale {scale!r}: {', '.join(study.scales)}")
             continue
         own = {key: value for key, value in options.items() if key not in about}
         config = study.common | study.scales[scale] | own
-        if _validated(OPTIONS[study.recipe], config, f"{where} at {scale}", faults) is None:
+        if _validated(options_of, config, f"{where} at {scale}", faults) is None:
             continue
         for seed in settings.seeds or study.seeds:
             yield Experiment(name, row, scale, seed, study.recipe, study.recipe_version, config,
@@ -524,7 +542,7 @@ def _tied(
     if "trained" not in run.config:
         return run
     wanted = (run.config["trained_study"], run.config["trained"], run.scale, run.seed)
-    others = [other for other in studies.get(wanted[0], []) if RECIPES[other.recipe].build]
+    others = [other for other in studies.get(wanted[0], []) if recipe_named(other.recipe).build]
     needs = next((other for other in others if other[:4] == wanted), None)
     if needs is None:
         rows = ", ".join(dict.fromkeys(other.row for other in others)) or "none"

@@ -257,8 +257,8 @@ def paired_table(
     :param metric: name of a per-image metric.
     :param labels: ``{row: label}``.
     :param decimals: digits after the point.
-    :param published: ``{row: value}``, whose differences are a column of their own; by default
-        there is none.
+    :param published: ``{row: value}`` of some rows, whose differences are a column of their own;
+        by default there is none.
     """
     lines = []
     for row, baseline in pairs:
@@ -267,7 +267,9 @@ def paired_table(
             texts = [pooled.text(decimals), "; ".join(f"{e.mean:.{decimals}f}" for e in by_seed)]
         except ValueError:
             texts = [None, None]
-        given = [float(published[row]) - float(published[baseline])] if published else []
+        known = {name: float(value) for name, value in (published or {}).items()}
+        has_both = row in known and baseline in known
+        given = [known[row] - known[baseline] if has_both else None] if published else []
         lines.append([f"{labels[row]} minus {labels[baseline]}", *given, *texts])
     header = ["difference", *(["published"] if published else []), "in pairs", "seed by seed"]
     return markdown_table(header, lines, decimals)

@@ -4,10 +4,11 @@ A recipe is two functions. ``build`` makes a :class:`.common.Training`: the netw
 optimisers, and the step that updates them. Runs, chapters and benchmarks all get their steps here.
 ``evaluate`` gives the values per image of what was trained. :mod:`amortised.runs` does the rest: it
 loops, keeps finished stages, and writes weights and results. A new kind of study is a ``build``
-(or an ``evaluate``), a model of its options in :mod:`amortised.studies`, and a block in
-``workflow/experiments.yaml``.
+(or an ``evaluate``), a model of its options, and a block in ``workflow/experiments.yaml``. It need
+not be in this package: a :class:`.common.Recipe` of any module serves, by its dotted name.
 """
 
+from .. import evaluation
 from .amortised_mcmc import (
     KERNELS,
     RULES,
@@ -21,13 +22,15 @@ from .amortised_mcmc import (
 from .autoencoders import evaluate_decoder, evaluate_objective, vae_training
 from .chain_bounds import BRIDGES, MAPS, build_path, evaluate_path, evaluate_target, path_training
 from .common import (
-    ARCHITECTURES,
     LATENT_DIM,
     VALIDATION_IMAGES,
+    Images,
     Outcome,
     Recipe,
     Run,
     Training,
+    architectures,
+    images_of,
 )
 from .iterative_inference import (
     OBSERVATIONS,
@@ -50,3 +53,11 @@ RECIPES: dict[str, Recipe] = {
     "imputation": Recipe(None, evaluate_imputation),
     "iterative": Recipe(iterative_training, evaluate_iterative),
 }
+
+
+def recipe_named(name: str) -> Recipe:
+    """A recipe of the book by its name, or a reader's own, ``"module.NAME"``.
+
+    :raises ValueError: when there is none, with the choices.
+    """
+    return evaluation.named(name, Recipe, RECIPES)

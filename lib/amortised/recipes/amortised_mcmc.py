@@ -29,7 +29,9 @@ from .common import (
     annealed_evidence,
     annealing_settings,
     drawn_evidence,
+    grey_images,
     held_out_images,
+    images_of,
     make_network,
     on_device,
     starting_weights,
@@ -80,7 +82,7 @@ def amc_training(
     """
     method, encoder, rule = config["method"], config["encoder"], RULES.get(config["rule"])
     is_game = method == "avb" or (rule is not None and rule.is_game)
-    networks: dict[str, nn.Module] = {"decoder": make_network("decoder", device)}
+    networks: dict[str, nn.Module] = {"decoder": make_network("decoder", device, config)}
     if encoder != "none":
         networks["encoder"] = make_network(encoder, device)
     if is_game:
@@ -196,7 +198,7 @@ def distillation_training(
     """
     training = amc_training(config, device, plain=plain)
     networks, optimizers = training.networks, training.optimizers
-    images = data.load_mnist("train").images[: config["training_images"]]
+    images = grey_images(config)
     with torch.no_grad():
         networks["decoder"].start_at_mean(images.to(device))
         if isinstance(networks.get("encoder"), ImplicitEncoder):
@@ -268,7 +270,7 @@ def _diagnose(run: Run) -> dict[str, Tensor]:
     if acceptance[0] is not None:
         found["teacher_acceptance_rate"] = acceptance[0].mean(0)
     if has_chain and config["encoder"] != "none":  # long chains for so many would be dear
-        others = data.load_mnist("train", dtype=torch.uint8).images[: config["classifier_images"]]
+        others = images_of(config).train()[: config["classifier_images"]]
         classifier = on_device(Discriminator(2 * LATENT_DIM), run.device)
         found["classifier_auc"] = diagnostics.classifier_auc(
             classifier, encoder, data.binarise(others).to(run.device), x, teacher=teacher,

@@ -14,14 +14,15 @@ from ..encoders import GaussianEncoder
 from ..numerics import seeded
 from ..objectives import dreg_surrogate, iwae_bound
 from .common import (
-    ARCHITECTURES,
     Outcome,
     Run,
     Training,
     WarmUp,
     adam,
     annealed_evidence,
+    architectures,
     drawn_evidence,
+    grey_images,
     held_out_images,
     make_network,
     on_device,
@@ -44,17 +45,15 @@ def vae_training(config: Mapping[str, object], device: torch.device | str = "cpu
     kinds = {"decoder": "decoder", "encoder": "gaussian"}
     if config.get("prior") == "mixture":
         kinds["decoder"] = "mixture"
-    networks = {role: make_network(kind, device) for role, kind in kinds.items()}
-    architectures = {role: ARCHITECTURES[kind] for role, kind in kinds.items()}
+    networks = {role: make_network(kind, device, config) for role, kind in kinds.items()}
+    kept = {role: architectures(config)[kind] for role, kind in kinds.items()}
     decoder, encoder = networks.values()
     optimizers = {
         "model": adam(decoder, config["learning_rate"]),
         "encoder": adam(encoder, config["learning_rate"]),
     }
     if config.get("output_bias") == "data":
-        images = data.load_mnist("train").images[: config["training_images"]]
-        with torch.no_grad():
-            decoder.start_at_mean(images.to(device))
+        decoder.start_at_mean(grey_images(config).to(device))
     if config.get("kl_warmup"):
         networks["warm-up"] = WarmUp(config, device)
     weight = networks.get("warm-up", lambda: 1.0)
@@ -70,7 +69,7 @@ def vae_training(config: Mapping[str, object], device: torch.device | str = "cpu
             loss = -bound(decoder, encoder(x), x, num_samples)
             return {"loss": amc.descend(loss, *optimizers.values())}
 
-    return Training(step, networks, optimizers, {}, architectures)
+    return Training(step, networks, optimizers, {}, kept)
 
 
 def evaluate_objective(run: Run) -> Outcome:

@@ -100,11 +100,25 @@ class Recipe(NamedTuple):
     """How the rows of a kind of study are trained (``None``: they build on others) and evaluated.
 
     ``build`` maps the options and a device to a :class:`Training`; its networks are drawn from the
-    global stream.
+    global stream. ``options`` is the model of the options of a recipe in a reader's own module;
+    those of the book are in :mod:`amortised.studies`.
     """
 
     build: Callable[[Mapping[str, object], torch.device], Training] | None
     evaluate: Callable[[Run], Outcome]
+    options: type | None = None
+
+
+class Images(NamedTuple):
+    """A data set of binary images, 28 x 28.
+
+    :ivar train: gives grey values ``[N, 784]``, from 0 to 1 or levels of ``torch.uint8``; pixels
+        are drawn from them anew at each visit.
+    :ivar test: gives zeros and ones, ``[M, 784]``, drawn once and for all.
+    """
+
+    train: Callable[[], Tensor]
+    test: Callable[[], Tensor]
 
 
 # --- networks and optimisers ---------------------------------------------------------------------
@@ -114,8 +128,14 @@ class Recipe(NamedTuple):
 INFORMED_RATE = 2e-2
 
 
-def make_network(kind: str, device: torch.device | str) -> nn.Module:
-    return on_device(evaluation.build_module(ARCHITECTURES[kind]), device)
+def architectures(config: Mapping[str, object]) -> dict[str, dict]:
+    """:data:`ARCHITECTURES`, with the decoder of a reader's own that the options name."""
+    own = {"class": config.get("decoder"), "latent_dim": LATENT_DIM}
+    return ARCHITECTURES | ({"decoder": own} if "decoder" in config else {})
+
+
+def make_network(kind: str, device: torch.device | str, config: Mapping | None = None) -> nn.Module:
+    return on_device(evaluation.build_module(architectures(config or {})[kind]), device)
 
 
 def on_device(module: nn.Module, device: torch.device | str) -> nn.Module:
@@ -174,14 +194,39 @@ def starting_weights(config: Mapping[str, object]) -> dict[str, Path]:
 # --- images, and the evidence of a decoder -------------------------------------------------------
 
 
+#: Those of the book, by name.
+DATASETS = {
+    "mnist": Images(
+        lambda: data.load_mnist("train", dtype=torch.uint8).images,
+        lambda: data.load_mnist_binary("test").images,
+    )
+}
+
+
+def images_of(config: Mapping[str, object]) -> Images:
+    """The data set that the options name; MNIST, if they name none of a reader's own."""
+    return evaluation.named(config.get("dataset", "mnist"), Images, DATASETS)
+
+
+def grey_images(config: Mapping[str, object]) -> Tensor:
+    """Grey values of the training images, ``[N, 784]``, from 0 to 1."""
+    images = images_of(config).train()[: config["training_images"]]
+    return images if images.is_floating_point() else images / 255
+
+
 def held_out_images(config: Mapping[str, object]) -> Tensor:
     """Random binary images of the test set, or of the training images that are held back."""
-    drawn = data.drawn_images(10_000, config["image_seed"])
+    kept = images_of(config)
     if config["held_out"] == "test":
-        return data.load_mnist_binary("test").images[drawn[: config["images"]]]
-    grey = data.load_mnist("train", dtype=torch.uint8).images[-VALIDATION_IMAGES:]
-    generator = torch.Generator().manual_seed(config["image_seed"])
-    return data.binarise(grey, generator=generator)[drawn[drawn < len(grey)][: config["images"]]]
+        x = kept.test()
+    else:
+        generator = torch.Generator().manual_seed(config["image_seed"])
+        x = data.binarise(kept.train()[-VALIDATION_IMAGES:], generator=generator)
+    drawn = data.drawn_images(10_000, config["image_seed"])
+    x = x[drawn[drawn < len(x)][: config["images"]]]
+    if len(x) < config["images"]:
+        raise ValueError(f"images = {config['images']}, but the data set has {len(x)} to draw from")
+    return x
 
 
 def annealed_evidence(

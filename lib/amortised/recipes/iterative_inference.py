@@ -22,6 +22,7 @@ from .common import (
     Run,
     Training,
     adam,
+    images_of,
 )
 
 #: Kind and size of the observations of each data set.
@@ -45,8 +46,8 @@ def training_examples(
     :raises ValueError: when there are not so many.
     """
     name, wanted = config["dataset"], config["training_images"]
-    if name == "mnist":
-        kept, draw = data.load_mnist("train", dtype=torch.uint8).images, data.binarise
+    if name == "mnist" or "." in name:
+        kept, draw = images_of(config).train(), data.binarise
     elif name == "cifar10":
         kept, draw = data.load_cifar10("train"), data.dequantise
     else:
