@@ -28,15 +28,7 @@ from .chain_bounds import (
     evaluate_target,
     path_training,
 )  # fmt: skip
-from .common import (
-    ARCHITECTURES,
-    LATENT_DIM,
-    VALIDATION_IMAGES,
-    Outcome,
-    Recipe,
-    Run,
-    Training,
-)
+from .common import ARCHITECTURES, LATENT_DIM, VALIDATION_IMAGES, Outcome, Recipe, Run, Training
 from .iterative_inference import (
     OBSERVATIONS,
     evaluate_iterative,
