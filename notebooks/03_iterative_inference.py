@@ -543,7 +543,8 @@ for update, size in (("no", through[0]), ("all", final_sizes)):
 if num_updates >= 300:
     untrained = through[0]
     assert final_sizes[1] > final_sizes[5] and final_sizes[1] < 0.1 * final_sizes[0]
-    assert untrained.max() < final_sizes[5] and sizes[:, 0].max() > 50 * untrained[0]
+    assert untrained.max() < final_sizes[5]
+    assert sizes[:, 0].max() > 50 * untrained[0]
 
 # %% [markdown]
 # Within the iterations the gradient decreases, as the source finds, and nearly all of it at the first one. Through *training* its absolute size does not decrease here. A decoder that has just been made hardly uses $z$, so its gradients are small wherever one stands. As it learns, the gradient at the prior grows a hundredfold, and what falls is the share of it that the encoder leaves, from all to less than a tenth. The smallest gradients in the figure belong to models that have learned next to nothing: a small gradient alone is no sign of good inference, and has to be read beside that of a start.
@@ -645,7 +646,7 @@ markdown_table([*header, "minus encoder, in pairs"], rows, 2)
 # Counting gradients is not counting seconds, since the encoder's own network costs time too. How long a gradient takes each optimiser was measured once, on one thread, with the optimisers in turns (`python workflow/race_times.py` measures it on your machine); the times are recorded, so that this page is the same wherever it is run.
 
 # %% tags=["hide-input"] mystnb={"table": {"name": "tab-it-seconds", "caption": "The race in processor time: gradients until the mean bound is within 2 nats of the encoder's fifth iteration, as in the table before; recorded milliseconds of one gradient for 200 digits, with all that the optimiser does about it; and the product, in seconds. A dash: not reached."}}
-race_file = data.data_folder() / "timings/iterative_race.json"
+race_file = data.data_folder() / "measured/iterative_race.json"
 recorded_cost = json.loads(race_file.read_text())["milliseconds_a_gradient"]
 rows = []
 for name in [*rivals, "iterative encoder"]:

@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("rows", nargs="*", choices=[[], *ROWS], default=list(ROWS))
     parser.add_argument("--updates", type=int, default=30_000)
-    parser.add_argument("--to", default=data.data_folder() / "timings/hvae_gaussian.json")
+    parser.add_argument("--to", default=data.data_folder() / "measured/hvae_gaussian.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path = data.data_folder().joinpath(arguments.to)

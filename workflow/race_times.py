@@ -1,6 +1,6 @@
 """What a gradient costs each optimiser of chapter 3's race, in processor time on one thread.
 
-    python workflow/race_times.py    # a minute; writes data/timings/iterative_race.json
+    python workflow/race_times.py    # a minute; writes data/measured/iterative_race.json
 
 The optimisers take turns in every round, so that a machine whose speed drifts slows them alike.
 A gradient is a pass through the decoder and back, with all that the optimiser does about it: for
@@ -58,7 +58,7 @@ def main() -> None:
     facts = results.provenance(torch.device("cpu"), started=time.time(), datasets=())
     found = {name: facts[name] for name in ("device", "versions", "started")}
     found |= {"images": NUM_IMAGES, "milliseconds_a_gradient": measure(arguments.rounds)}
-    path = arguments.to or data.data_folder() / "timings/iterative_race.json"
+    path = arguments.to or data.data_folder() / "measured/iterative_race.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=2) + "\n")
     print(path.read_text())
