@@ -547,7 +547,7 @@ if num_updates >= 300:
     assert sizes[:, 0].max() > 50 * untrained[0]
 
 # %% [markdown]
-# Within the iterations the gradient decreases, as the source finds, and nearly all of it at the first one. Through *training* its absolute size does not decrease here. A decoder that has just been made hardly uses $z$, so its gradients are small wherever one stands. As it learns, the gradient at the prior grows a hundredfold, and what falls is the share of it that the encoder leaves, from all to less than a tenth. The smallest gradients in the figure belong to models that have learned next to nothing: a small gradient alone is no sign of good inference, and has to be read beside that of a start.
+# In the committed model the gradient decreases within the iterations, as the source finds, and by far the most at the first one. Through *training* its absolute size does not decrease here. A decoder that has just been made hardly uses $z$, so its gradients are small wherever one stands. As it learns, the gradient at the prior grows a hundredfold, and what falls is the share of it that the encoder leaves, from all to less than a tenth. The smallest gradients in the figure belong to models that have learned next to nothing: a small gradient alone is no sign of good inference, and has to be read beside that of a start.
 ## ## A race against hand-made optimisers
 #
 # How good an optimiser is it? We fix the decoder of the iterative model and start everybody at the prior. The rivals are SGD, SGD with momentum 0.9, RMSProp and Adam, on the same gradients with one draw each. Every rival is tuned: a learning rate is chosen from the printed grid by its mean bound over the last ten of 60 steps on 50 training images that no race uses. An untuned rival would prove nothing.
