@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Independent, Normal
 
+from amortised import evaluation, results
 from amortised.encoders import GaussianEncoder, bounded_log_scale, conv_trunk
 from amortised.models import BernoulliDecoder, ConvBernoulli, LatentVariableModel, LinearGaussian
+from amortised.objectives import iwae_bound
 
 
 def linear_gaussian(latent_dim=2, observation_dim=3, noise_scale=0.7, seed=0):
@@ -128,6 +131,33 @@ def test_conv_bernoulli_is_the_decoder_of_the_book():
     assert sides == [(32, 7, 7), (16, 14, 14), (1, 28, 28)]
     assert mean.shape == (3, 2, 784)
     assert sum(p.numel() for p in model.parameters()) == 311_861
+
+
+def test_a_mixture_as_the_prior_is_that_mixture_and_is_learned(tmp_path):
+    torch.manual_seed(0)
+    model = ConvBernoulli(latent_dim=3, num_components=2)
+    with torch.no_grad():
+        model.prior_logits.copy_(torch.tensor([0.0, 1.0]))
+        model.prior_log_scales.copy_(torch.tensor([[0.1, -0.2, 0.3], [0.0, 0.5, -0.4]]))
+    z = torch.randn(5, 3)
+    weights = torch.tensor([1.0, math.e]) / (1.0 + math.e)
+    scales = model.prior_log_scales.exp()
+    square = (((z[:, None] - torch.eye(2, 3)) / scales) ** 2).sum(-1)
+    densities = torch.exp(-0.5 * square) / (scales.prod(-1) * (2 * math.pi) ** 1.5)
+    torch.testing.assert_close(model.prior().log_prob(z), (weights * densities).sum(-1).log())
+    x, z = model.sample(4000)
+    assert x.shape == (4000, 784)
+    expected = weights @ torch.eye(2, 3)
+    assert (z.mean(0) - expected).abs().max() < 4 * z.std(0).max() / 4000**0.5
+    q = Independent(Normal(torch.zeros(1, 3), torch.ones(1, 3)), 1)
+    iwae_bound(model, q, x[:1], 1).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    path, architecture = tmp_path / "decoder.safetensors", {"class": "ConvBernoulli"}
+    architecture |= {"latent_dim": 3, "num_components": 2}
+    results.save_weights(path, model, architecture)
+    assert torch.equal(evaluation.load_module(path).prior_logits, model.prior_logits)
+    with pytest.raises(ValueError, match="num_components = 4 is more than latent_dim = 3"):
+        ConvBernoulli(3, 4)
 
 
 def test_bernoulli_likelihood_is_the_binary_cross_entropy():

@@ -302,6 +302,10 @@ class ConvBernoulli(BernoulliDecoder):
     (kernel 5, stride 2, padding 2) 32 -> 32 -> 16 -> 1 to sides 7, 14 and 28, ReLU between them.
 
     :param latent_dim: D, 32 in all of the book's tables.
+    :param num_components: C. With one, the prior is :math:`\mathcal{N}(0, I_D)`; with more it is
+        learned, a mixture :math:`\sum_c \pi_c\, \mathcal{N}(\mu_c, \mathrm{diag}\,\sigma_c^2)`.
+        At the start weights are equal, scales one, and :math:`\mu_c` is the c-th unit vector.
+    :raises ValueError: when there are more components than latent dimensions.
 
     Source: the "small convolutional decoder" of Li, Turner and Liu (2017); widths as in
     Salimans, Kingma and Welling (2015), an assumption where the talk is silent.
@@ -311,9 +315,16 @@ class ConvBernoulli(BernoulliDecoder):
     311861
     >>> model.likelihood(torch.zeros(2, 32)).mean.shape
     torch.Size([2, 784])
+    >>> ConvBernoulli(num_components=10).prior().log_prob(torch.zeros(32))
+    tensor(-29.9060, grad_fn=...)
     """
 
-    def __init__(self, latent_dim: int = 32):
+    def __init__(self, latent_dim: int = 32, num_components: int = 1):
+        check_counts(latent_dim=latent_dim, num_components=num_components)
+        if num_components > latent_dim:
+            raise ValueError(
+                f"num_components = {num_components} is more than latent_dim = {latent_dim}"
+            )
         decoder = nn.Sequential(
             nn.Linear(latent_dim, 500),
             nn.ReLU(),
@@ -328,6 +339,18 @@ class ConvBernoulli(BernoulliDecoder):
             nn.Flatten(),
         )
         super().__init__(decoder, latent_dim, observation_dim=784)
+        self.num_components = num_components
+        if num_components > 1:
+            self.prior_logits = nn.Parameter(torch.zeros(num_components))
+            self.prior_means = nn.Parameter(torch.eye(num_components, latent_dim))
+            self.prior_log_scales = nn.Parameter(torch.zeros(num_components, latent_dim))
+
+    def prior(self) -> Distribution:
+        """The prior p(z): normal, or the mixture as it has been learned."""
+        if self.num_components == 1:
+            return super().prior()
+        components = Independent(Normal(self.prior_means, self.prior_log_scales.exp()), 1)
+        return distributions.MixtureSameFamily(Categorical(logits=self.prior_logits), components)
 
 
 # --- hierarchies ---------------------------------------------------------------------------------

@@ -206,12 +206,19 @@ class ObjectiveOptions(_EvidenceOptions):
     num_student_samples: PositiveInt
     output_bias: Literal["drawn", "data"]
     """Of the decoder at the start: as PyTorch draws it, or the logit of the mean pixel."""
+    prior: Literal["standard", "mixture"]
+    """N(0, I), or ten Gaussians that are learned."""
     kl_warmup: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         if self.kl_warmup > 0 and self.objective != "elbo":
             raise ValueError(f"kl_warmup = {self.kl_warmup} belongs to objective = 'elbo'")
+        if self.prior == "mixture" and self.objective == "elbo":
+            raise ValueError(
+                "prior = 'mixture' has no divergence in closed form; its ELBO is "
+                "objective = 'iwae' with num_student_samples = 1"
+            )
         return self
 
 

@@ -14,6 +14,7 @@ from ..encoders import GaussianEncoder
 from ..numerics import seeded
 from ..objectives import dreg_surrogate, iwae_bound
 from .common import (
+    ARCHITECTURES,
     Outcome,
     Run,
     Training,
@@ -32,17 +33,19 @@ def vae_training(config: Mapping[str, object], device: torch.device | str = "cpu
 
     Adam at ``learning_rate``. The doubly reparameterised gradient is the encoder's; the decoder
     follows the bound. With ``output_bias`` from the data the decoder's is the logit of the mean
-    pixel at the start; the divergence of the ELBO can be warmed up.
+    pixel at the start; the divergence of the ELBO can be warmed up. The prior can be a learned
+    mixture of ten Gaussians; the ELBO is then the IWAE bound with one sample.
 
     :param config: the options of :class:`amortised.studies.VaeOptions`, or of
         :class:`amortised.studies.ObjectiveOptions`.
     :param device: where to put the networks.
     """
     num_samples, objective = config["num_student_samples"], config["objective"]
-    networks = {
-        "decoder": make_network("decoder", device),
-        "encoder": make_network("gaussian", device),
-    }
+    kinds = {"decoder": "decoder", "encoder": "gaussian"}
+    if config.get("prior") == "mixture":
+        kinds["decoder"] = "mixture"
+    networks = {role: make_network(kind, device) for role, kind in kinds.items()}
+    architectures = {role: ARCHITECTURES[kind] for role, kind in kinds.items()}
     decoder, encoder = networks.values()
     optimizers = {
         "model": adam(decoder, config["learning_rate"]),
@@ -67,7 +70,7 @@ def vae_training(config: Mapping[str, object], device: torch.device | str = "cpu
             loss = -bound(decoder, encoder(x), x, num_samples)
             return {"loss": amc.descend(loss, *optimizers.values())}
 
-    return Training(step, networks, optimizers, {})
+    return Training(step, networks, optimizers, {}, architectures)
 
 
 def evaluate_objective(run: Run) -> Outcome:

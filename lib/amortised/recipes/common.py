@@ -22,6 +22,7 @@ LATENT_DIM = 32
 #: How to build the decoder, and each encoder that a row can name.
 ARCHITECTURES = {
     "decoder": {"class": "ConvBernoulli", "latent_dim": LATENT_DIM},
+    "mixture": {"class": "ConvBernoulli", "latent_dim": LATENT_DIM, "num_components": 10},
     "gaussian": {"class": "GaussianEncoder", "latent_dim": LATENT_DIM},
     "gaussian_wide": {"class": "GaussianEncoder", "latent_dim": LATENT_DIM, "num_features": 555},
     "cnn_g": {"class": "ImplicitEncoder", "latent_dim": LATENT_DIM, "noise": "gaussian"},
@@ -231,7 +232,8 @@ def drawn_evidence(run: Run) -> tuple[dict[str, Tensor], dict[str, float]]:
     encoder = run.network("encoder")
     if isinstance(encoder, GaussianEncoder):
         with seeded(seed, run.device), torch.no_grad():
-            per_image["elbo"] = elbo(decoder, encoder(x), x, ELBO_SAMPLES, analytic_kl=True)
+            analytic = config.get("prior") != "mixture"
+            per_image["elbo"] = elbo(decoder, encoder(x), x, ELBO_SAMPLES, analytic_kl=analytic)
     return per_image, seconds
 
 
