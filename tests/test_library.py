@@ -21,7 +21,7 @@ from amortised.recipes import RECIPES, Recipe, Training, common, evaluate_decode
 from amortised.schemas import Name, Strict
 from tiny import OPTIONS, Root
 
-MOST_LINES, MOST_LINES_OF_A_FUNCTION = 6_600, 60
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 6_630, 60
 MODULES = sorted(Path(amortised.__file__).parent.rglob("*.py"))
 LAYOUT = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE),
