@@ -107,8 +107,7 @@ def test_the_parameters_of_a_ring_are_learned(row, tmp_path):
 
 
 def test_the_exact_row_of_a_ring_learns_and_all_rows_have_the_same_data():
-    few = {"num_observations": 2000, "num_updates": 60, "learning_rate": 0.2}
-    few |= {"batch_size": 50, "num_judged": 100}
+    few = {"num_observations": 2000, "num_updates": 150, "learning_rate": 0.1}
     configs = [RINGS[row].config | few for row in ("exact_2", "importance_2")]
     configs[1] |= {"num_updates": 1, "learning_rate": 1e-9}
     exact, still = (recipes.evaluate_ring(Run(0, c, None, None, None)) for c in configs)
