@@ -1,9 +1,12 @@
 """Studies of chains inside the bound: every row for a few updates, and what is compared."""
 
+import math
+
 import pytest
 import torch
 
 from amortised import experiments, recipes, results, targets
+from amortised.recipes import Run
 from amortised.studies import PathVaeOptions, load_studies
 
 STUDIES = load_studies()
@@ -69,7 +72,7 @@ def test_a_row_is_trained_and_evaluated(row, tmp_path):
 
 
 ONE_OF_EACH = ["ring_importance_5", "ring_mcd_16", "eight_gaussians_realnvp_5", "funnel_mean_field",
-               "digits_uha_5", "inpainting_hvae_free_5"]  # fmt: skip
+               "digits_uha_5", "digits_mcd_16", "inpainting_hvae_free_5"]  # fmt: skip
 
 
 @pytest.mark.usefixtures("mnist_is_read_once")
@@ -83,6 +86,34 @@ def test_a_path_is_fitted_to_a_target(row, tmp_path):
     assert values["gap"].shape == (2,) and values["gap"].isfinite().all()
     assert (values["importance_weighted_gap"] <= values["gap"] + 1e-4).all()
     assert ("coverage" in values) == row.startswith(("ring", "eight"))
+
+
+RINGS = {e.row: e for e in STUDIES["ring_learning"] if e.seed == 0}
+
+
+@pytest.mark.parametrize("row", ["exact_2", "mean_field_10", "importance_2", "annealed_10"])
+def test_the_parameters_of_a_ring_are_learned(row, tmp_path):
+    small = {"num_observations": 50, "batch_size": 20, "num_judged": 4, "num_samples": 3}
+    small |= {"num_updates": 1, "learning_rate": 1e-9}
+    experiment = RINGS[row]._replace(config=RINGS[row].config | small)
+    assert experiments.run_experiment(experiment, root=tmp_path).word == "done"
+    found = results.load_result(results.result_path(tmp_path / "data/results", *experiment[:4]))
+    details, values = found.record["details"], found.per_image
+    start = math.exp(2.0)  # from which nothing has moved
+    assert details["squared_error_alpha"] == pytest.approx((start - 2 * math.pi) ** 2, rel=1e-5)
+    assert details["squared_error_beta"] == pytest.approx((start - 2) ** 2, rel=1e-5)
+    assert values["loss"].shape == (4,) and values["loss"].mean() > 0
+    assert (values["gap"].abs().max() < 1e-4) == (row == "exact_2")
+
+
+def test_the_exact_row_of_a_ring_learns_and_all_rows_have_the_same_data():
+    few = {"num_observations": 2000, "num_updates": 150, "learning_rate": 0.1}
+    configs = [RINGS[row].config | few for row in ("exact_2", "importance_2")]
+    configs[1] |= {"num_updates": 1, "learning_rate": 1e-9}
+    exact, still = (recipes.evaluate_ring(Run(0, c, None, None, None)) for c in configs)
+    assert exact.details["squared_error_alpha"] < 0.1 > exact.details["squared_error_beta"]
+    assert exact.per_image["loss"].mean().abs() < 0.1
+    assert still.per_image["loss"].mean() > 50 * exact.per_image["loss"].mean()
 
 
 def test_options_that_do_not_go_together_are_refused():

@@ -16,17 +16,16 @@ has :math:`\mathbb{E}\, \hat p = p_\theta(x)`: the Jacobian :math:`\prod_k \alph
 Source: Caterini, Doucet and Sejdinovic (2018); Neal (2005).
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.utils.checkpoint import checkpoint
 
-from .mcmc import LeapfrogState, LogDensity, leapfrog_step
-from .models import LatentVariableModel, log_joint_fn
+from .mcmc import LeapfrogState, LogDensity, ValueAndGrad, leapfrog_step
+from .models import LatentVariableModel, as_model, log_joint_fn
 from .numerics import argument_validation, check_counts, value_and_grad
 from .objectives import check_proposal
 
@@ -169,7 +168,7 @@ class HamiltonianFlow(nn.Module):
         logdensity_fn: LogDensity,
         *,
         create_graph: bool | None = None,
-        recompute: bool = False,
+        reverse_for: Iterable[Tensor] | None = None,
     ) -> LeapfrogState:
         """The end of a trajectory; K steps cost K + 1 gradients.
 
@@ -178,21 +177,64 @@ class HamiltonianFlow(nn.Module):
         :param logdensity_fn: maps ``[..., D]`` to ``[...]``.
         :param create_graph: differentiate through the gradients of the dynamics; by default
             where gradients are recorded at all.
-        :param recompute: keep the state after each step alone and run the step again in the
-            backward pass: less memory, more time, the same gradient.
+        :param reverse_for: what the density depends on and needs a gradient, such as the
+            parameters of a model: nothing of the trajectory is kept, and the backward pass finds
+            each step again from its end. The memory does not grow with K, the gradient is the
+            same, and training takes longer.
         """
+        steps, alphas = self.step_sizes(), self.alphas()
+        if reverse_for is not None:
+            end = _Reversed.apply(logdensity_fn, z, momentum, steps, alphas, *reverse_for)
+            return LeapfrogState(*end, logdensity_fn(end[0]), None)
         create_graph = torch.is_grad_enabled() if create_graph is None else create_graph
         evaluate = partial(value_and_grad, logdensity_fn, create_graph=create_graph)
+        return _trajectory(evaluate, z, momentum, steps, alphas)
 
-        def step(state: LeapfrogState, step_size: Tensor, alpha: Tensor) -> LeapfrogState:
-            state = leapfrog_step(state, evaluate, step_size)
-            return state._replace(momentum=alpha * state.momentum)
 
-        step_fn: Callable = partial(checkpoint, step, use_reentrant=False) if recompute else step
-        state = LeapfrogState(z, momentum, *evaluate(z))
-        for step_size, alpha in zip(self.step_sizes(), self.alphas(), strict=True):
-            state = step_fn(state, step_size, alpha)
-        return state
+def _trajectory(
+    evaluate: ValueAndGrad, z: Tensor, momentum: Tensor, steps: Tensor, alphas: Iterable
+) -> LeapfrogState:
+    state = LeapfrogState(z, momentum, *evaluate(z))
+    for step_size, alpha in zip(steps, alphas, strict=True):
+        state = leapfrog_step(state, evaluate, step_size)
+        state = state._replace(momentum=alpha * state.momentum)
+    return state
+
+
+class _Reversed(torch.autograd.Function):
+    """A trajectory that keeps its end alone: backwards, each step is undone, then differentiated.
+
+    Undone: the momentum divided by alpha and turned round, a leapfrog step, turned round again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logdensity_fn: LogDensity, z: Tensor, momentum: Tensor, *learned: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        end = _trajectory(partial(value_and_grad, logdensity_fn), z, momentum, *learned[:2])
+        ctx.logdensity_fn, ctx.parameters = logdensity_fn, learned[2:]
+        ctx.save_for_backward(*end[:2], *learned[:2])
+        return end[:2]
+
+    @staticmethod
+    @argument_validation(False)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, momentum, *learned = ctx.saved_tensors
+        learned = [*(t.detach().requires_grad_() for t in learned), *ctx.parameters]
+        total = [torch.zeros_like(t) for t in learned]
+        evaluate = partial(value_and_grad, ctx.logdensity_fn)
+        for k in reversed(range(len(learned[0]))):
+            step, alpha = (t[k : k + 1].detach() for t in learned[:2])
+            z, momentum, *_ = _trajectory(evaluate, z, -momentum / alpha, step, (-1.0,))
+            with torch.enable_grad():
+                step, alpha = (t[k : k + 1] for t in learned[:2])
+                start = [t.detach().requires_grad_() for t in (z, momentum)]
+                end = _trajectory(partial(evaluate, create_graph=True), *start, step, alpha)
+                found = torch.autograd.grad(
+                    end[:2], [*start, *learned], grads, materialize_grads=True
+                )
+            grads, total = found[:2], [a + b for a, b in zip(total, found[2:], strict=True)]
+        return None, *grads, *total
 
 
 @argument_validation(False)
@@ -203,6 +245,7 @@ def hvae_path(
     num_samples: int,
     *,
     flow: HamiltonianFlow,
+    reverse: bool = False,
     **options: bool,
 ) -> Path:
     r"""Hamiltonian importance sampling: log-weights, and where the trajectories end.
@@ -211,9 +254,10 @@ def hvae_path(
     :param x: observations, ``[B, P]``.
     :param num_samples: S.
     :param flow: the trajectory.
-    :param options: ``create_graph`` and ``recompute`` of :meth:`HamiltonianFlow.forward`.
-        ``create_graph=False`` stops the gradients at those of the dynamics: cheaper, and not the
-        gradient of the bound.
+    :param reverse: find the trajectory again in the backward pass, by ``reverse_for`` of
+        :meth:`HamiltonianFlow.forward`, so that memory does not grow with K.
+    :param options: ``create_graph`` of that method. ``create_graph=False`` stops the gradients at
+        those of the dynamics: cheaper, and not the gradient of the bound.
     :return: a :class:`Path`. Noise comes from the global stream.
     :raises ValueError: when S < 1 or the batch shapes of ``q`` and ``x`` differ.
 
@@ -224,6 +268,8 @@ def hvae_path(
     logdensity_fn = partial(log_joint_fn(model), x)
     z0 = q.rsample((num_samples,))
     noise, alphas = torch.randn_like(z0), flow.alphas()
+    if reverse:
+        options["reverse_for"] = [p for p in as_model(model).parameters() if p.requires_grad]
     end = flow(z0, noise / alphas.prod(), logdensity_fn, **options)
     is_cut = options.get("create_graph") is False
     log_joint = logdensity_fn(end.z) if is_cut else end.logdensity

@@ -187,10 +187,7 @@ def start_at_prior(model: LatentVariableModel, x: Tensor) -> InferenceState:
 
 
 def look(
-    model: LatentVariableModel,
-    state: InferenceState,
-    num_samples: int = 1,
-    learn: bool = False,
+    model: LatentVariableModel, state: InferenceState, num_samples: int = 1, learn: bool = False
 ) -> InferenceState:
     r"""Decode once: the bound at the parameters of a state, and its gradient.
 

@@ -321,6 +321,21 @@ class TargetOptions(PathOptions):
     num_temperatures: PositiveInt
 
 
+class RingOptions(PathOptions):
+    """Options of :func:`amortised.recipes.chain_bounds.evaluate_ring`."""
+
+    path: PathName | Literal["exact"]
+    latent_dim: PositiveInt
+    log_start: float
+    """Where the logarithms of both parameters start."""
+    num_observations: PositiveInt
+    batch_size: PositiveInt
+    """Observations in an update."""
+    num_updates: PositiveInt
+    num_judged: Annotated[int, Field(ge=2)]
+    """Other observations, of the evaluation."""
+
+
 class ImputationOptions(Strict):
     """Options of :func:`amortised.recipes.amortised_mcmc.evaluate_imputation`."""
 
@@ -389,6 +404,7 @@ OPTIONS = {
     "teacher": TeacherOptions,
     "path": PathVaeOptions,
     "target": TargetOptions,
+    "ring": RingOptions,
     "imputation": ImputationOptions,
     "iterative": IterativeOptions,
 }

@@ -161,10 +161,26 @@ def importance_path(
     return Path(combined, ends, torch.zeros_like(combined), combined.new_empty(0))
 
 
-class FreeGaussian(nn.Module):
-    """A diagonal Gaussian with parameters of its own for each of B starts.
+def exact_path(model: LatentVariableModel, q: Distribution, x: Tensor, num_samples: int) -> Path:
+    """The evidence itself in the form of a path: what a bound without a gap would learn.
 
-    :param mean: means at the start, ``[B, D]``; standard deviations start at ``scale``.
+    :param model: has a ``log_evidence(x)``.
+    :return: a :class:`amortised.hvae.Path` that ends where q starts; q plays no other part.
+
+    >>> ring, x = Ring(), torch.full((3, 1), 8 * math.pi)
+    >>> exact_path(ring, FreeGaussian(torch.zeros(1, 2))(x), x, 7).log_weights[0]
+    tensor([-3.1328, -3.1328, -3.1328], grad_fn=...)
+    """
+    log_weights = model.log_evidence(x).expand(num_samples, -1)
+    ends = q.sample((num_samples,))
+    return Path(log_weights, ends, torch.zeros_like(log_weights), log_weights.new_empty(0))
+
+
+class FreeGaussian(nn.Module):
+    """A diagonal Gaussian with parameters of its own for each of B starts, or one for all.
+
+    :param mean: means at the start, ``[B, D]`` or ``[1, D]``; standard deviations start at
+        ``scale``.
     :param scale: a number.
     """
 
@@ -174,15 +190,16 @@ class FreeGaussian(nn.Module):
         self.log_scale = nn.Parameter(torch.full_like(mean, math.log(scale)))
 
     def forward(self, x: Tensor) -> Independent:
-        """The distribution, whatever x is."""
-        return Independent(Normal(self.mean, self.log_scale.exp()), 1)
+        """The distribution for observations ``[B, P]``, whatever they are."""
+        q = Independent(Normal(self.mean, self.log_scale.exp()), 1)
+        return q.expand(x.shape[:-1])
 
 
 def fit_path(
     path_fn: Callable[..., Path],
     model: LatentVariableModel,
     encoder: nn.Module,
-    x: Tensor,
+    x: Tensor | Callable[[], Tensor],
     *,
     learned: nn.Module | None = None,
     num_updates: int = 300,
@@ -196,14 +213,15 @@ def fit_path(
 
     :param path_fn: ``path_fn(model, q, x, num_samples)`` returns a :class:`amortised.hvae.Path`.
     :param encoder: maps x to q.
-    :param x: observations ``[B, P]``, all of them in each update.
-    :param learned: whatever else has parameters.
+    :param x: observations ``[B, P]``, all of them in each update, or a function that draws a batch.
+    :param learned: whatever else has parameters to learn, perhaps the model.
     :param num_samples: paths for each observation and update, at least 2.
     """
     parameters = [*encoder.parameters(), *([] if learned is None else learned.parameters())]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     for update in range(num_updates):
-        path = path_fn(model, encoder(x), x, num_samples)
+        batch = x() if callable(x) else x
+        path = path_fn(model, encoder(batch), batch, num_samples)
         bound = score_function_surrogate(path.log_weights, path.log_decisions)
         optimizer.param_groups[0]["lr"] = learning_rate * half_cosine(update / num_updates)
         optimizer.zero_grad(set_to_none=True)

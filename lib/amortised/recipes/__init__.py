@@ -20,7 +20,15 @@ from .amortised_mcmc import (
     teacher_training,
 )
 from .autoencoders import evaluate_decoder, evaluate_objective, vae_training
-from .chain_bounds import BRIDGES, MAPS, build_path, evaluate_path, evaluate_target, path_training
+from .chain_bounds import (
+    BRIDGES,
+    MAPS,
+    build_path,
+    evaluate_path,
+    evaluate_ring,
+    evaluate_target,
+    path_training,
+)  # fmt: skip
 from .common import (
     LATENT_DIM,
     VALIDATION_IMAGES,
@@ -50,6 +58,7 @@ RECIPES: dict[str, Recipe] = {
     "teacher": Recipe(teacher_training, evaluate_teacher),
     "path": Recipe(path_training, evaluate_path),
     "target": Recipe(None, evaluate_target),
+    "ring": Recipe(None, evaluate_ring),
     "imputation": Recipe(None, evaluate_imputation),
     "iterative": Recipe(iterative_training, evaluate_iterative),
 }

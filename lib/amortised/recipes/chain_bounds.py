@@ -11,44 +11,23 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .. import amc, data, evaluation, imputation, targets
+from .. import amc, data, evaluation, imputation, mcvae, targets
 from ..ais import AISSettings, ais, sigmoid_schedule
 from ..files import load_tree
 from ..hvae import HamiltonianFlow, hvae_path
 from ..hvae import Path as Paths
-from ..mcvae import (
-    Bridge,
-    LeapfrogMap,
-    Maps,
-    PlanarFlow,
-    RealNVP,
-    ScoreNetwork,
-    annealed_path,
-    metvae_path,
-    uha_path,
-)
 from ..models import LatentVariableModel
 from ..numerics import effective_sample_size, log_mean_exp, seeded
 from ..objectives import score_function_surrogate
-from .common import (
-    LATENT_DIM,
-    Outcome,
-    Run,
-    Training,
-    adam,
-    annealed_evidence,
-    held_out_images,
-    make_network,
-    on_device,
-    starting_weights,
-)
+from . import common
+from .common import LATENT_DIM, Outcome, Run, Training
 
 #: The invertible maps that a row can name, by latent dimension and first step size.
 MAPS: dict[str, Callable[[int, float], nn.Module]] = {
-    "leapfrog": LeapfrogMap,
-    "realnvp": lambda latent_dim, _: RealNVP(latent_dim),
-    "planar": lambda latent_dim, _: PlanarFlow(latent_dim),
-    "potential": lambda latent_dim, step_size: LeapfrogMap(
+    "leapfrog": mcvae.LeapfrogMap,
+    "realnvp": lambda latent_dim, _: mcvae.RealNVP(latent_dim),
+    "planar": lambda latent_dim, _: mcvae.PlanarFlow(latent_dim),
+    "potential": lambda latent_dim, step_size: mcvae.LeapfrogMap(
         latent_dim, step_size, potential=_potential(latent_dim)
     ),
 }
@@ -77,18 +56,21 @@ def build_path(
     """
     path, steps = config["path"], config["num_steps"]
     step = {"step_size": config["step_size"], "varied": config["varied"]}
+    if path == "exact":
+        return targets.exact_path, nn.ModuleList()
     if path == "importance":
         return partial(targets.importance_path, num_inner=steps + 1), nn.ModuleList()
     if path == "hvae":
         flow = HamiltonianFlow(latent_dim, steps, config["tempering"], **step)
         return partial(hvae_path, flow=flow), flow
     if path in BRIDGES:
-        step["score"] = ScoreNetwork(latent_dim) if BRIDGES[path] else None
+        step["score"] = mcvae.ScoreNetwork(latent_dim) if BRIDGES[path] else None
         step["persistence"] = config["kept_momentum"]
-        bridge = Bridge(latent_dim, steps, on_target=path == "hvi", **step)
-        return partial(annealed_path if path == "annealed" else uha_path, settings=bridge), bridge
+        bridge = mcvae.Bridge(latent_dim, steps, on_target=path == "hvi", **step)
+        path_fn = mcvae.annealed_path if path == "annealed" else mcvae.uha_path
+        return partial(path_fn, settings=bridge), bridge
     maps = nn.ModuleList(MAPS[path](latent_dim, config["step_size"]) for _ in range(steps))
-    return partial(metvae_path, settings=Maps(maps, config["acceptance"])), maps
+    return partial(mcvae.metvae_path, settings=mcvae.Maps(maps, config["acceptance"])), maps
 
 
 def path_training(config: Mapping[str, object], device: torch.device | str = "cpu") -> Training:
@@ -100,13 +82,15 @@ def path_training(config: Mapping[str, object], device: torch.device | str = "cp
     :param config: the options of :class:`amortised.studies.PathVaeOptions`.
     :param device: where to put the networks.
     """
-    networks = {"decoder": make_network("decoder", device)}
-    networks["encoder"] = make_network(config["encoder"], device)
+    networks = {"decoder": common.make_network("decoder", device)}
+    networks["encoder"] = common.make_network(config["encoder"], device)
     path_fn, learned = build_path(config, LATENT_DIM)
     networks["path"] = learned.to(device)
     names = {"model": "decoder", "encoder": "encoder"}
     names |= {"path": "path"} if any(True for _ in learned.parameters()) else {}
-    optimizers = {n: adam(networks[role], config["learning_rate"]) for n, role in names.items()}
+    optimizers = {
+        n: common.adam(networks[role], config["learning_rate"]) for n, role in names.items()
+    }
     decoder, encoder, num_samples = *list(networks.values())[:2], config["num_path_samples"]
 
     def step(x: Tensor, index: Tensor) -> Mapping[str, Tensor]:
@@ -132,10 +116,12 @@ def evaluate_path(run: Run) -> Outcome:
     of the decisions' term in the variance of the gradient of the path's parameters.
     """
     config, work, seed = run.config, run.work, run.seed
-    decoder, encoder = (on_device(run.network(r), run.device) for r in ("decoder", "encoder"))
+    decoder, encoder = (
+        common.on_device(run.network(r), run.device) for r in ("decoder", "encoder")
+    )
     path_fn, learned = build_path(config, LATENT_DIM)
     learned.to(run.device).load_state_dict(load_tree(run.weights / "path.stage"))
-    x = held_out_images(config).to(run.device)
+    x = common.held_out_images(config).to(run.device)
     stage, started = work.stage("paths"), time.monotonic()
     per_image = stage.load("values")
     if per_image is None:
@@ -156,7 +142,7 @@ def evaluate_path(run: Run) -> Outcome:
             per_image["acceptance"] = torch.cat(rates).cpu()
         stage.save("values", per_image)
     seconds = {"paths": time.monotonic() - started}
-    annealed, annealing_seconds = annealed_evidence(run, decoder, x)
+    annealed, annealing_seconds = common.annealed_evidence(run, decoder, x)
     per_image, seconds = per_image | annealed, seconds | annealing_seconds
     share = {}
     if "acceptance" in per_image:
@@ -198,7 +184,9 @@ def _on_a_decoder(config: Mapping[str, object], seed: int) -> tuple[LatentVariab
 
     Their evidence is a mean of annealed estimates, a lower bound.
     """
-    decoder = evaluation.load_module(starting_weights(config)["decoder"]).requires_grad_(False)
+    decoder = evaluation.load_module(common.starting_weights(config)["decoder"]).requires_grad_(
+        False
+    )
     chosen = torch.Generator().manual_seed(config["image_seed"])
     images = data.load_mnist_binary("test").images
     x = images[data.drawn_images(config["starts"], config["image_seed"])]
@@ -238,19 +226,67 @@ def evaluate_target(run: Run) -> Outcome:
     torch.manual_seed(run.seed)
     encoder = targets.FreeGaussian(config["spread"] * torch.randn(num_starts, model.latent_dim))
     path_fn, learned = build_path(config, model.latent_dim)
-    sizes = {"num_updates": config["num_updates"], "num_samples": config["num_path_samples"]}
-    targets.fit_path(path_fn, model, encoder, x, learned=learned,
-                     learning_rate=config["learning_rate"], **sizes)  # fmt: skip
-    with torch.no_grad():
-        path = path_fn(model, encoder(x), x, config["num_samples"])
-    values = {
-        "gap": log_evidence - path.log_weights.mean(0),
-        "half_variance": 0.5 * path.log_weights.var(0),
-        "importance_weighted_gap": log_evidence - log_mean_exp(path.log_weights, dim=0),
-    }
+    targets.fit_path(path_fn, model, encoder, x, learned=learned, **_updates(config))
+    values, ends = _judged(path_fn, model, encoder, x, log_evidence, config["num_samples"])
     if config["target"] in ("ring", "eight_gaussians"):
         sectors = 16 if config["target"] == "ring" else 8
-        values["coverage"] = targets.circular_coverage(path.z, sectors)
-    if len(path.acceptance):
-        values["acceptance"] = path.acceptance.mean((0, 1))
+        values["coverage"] = targets.circular_coverage(ends, sectors)
     return Outcome(values, {"fit": time.monotonic() - started}, {})
+
+
+def _updates(config: Mapping[str, object]) -> dict[str, object]:
+    sizes = {"num_updates": config["num_updates"], "num_samples": config["num_path_samples"]}
+    return sizes | {"learning_rate": config["learning_rate"]}
+
+
+@torch.no_grad()
+def _judged(
+    path_fn: Callable[..., Paths], model: nn.Module, encoder: nn.Module, x: Tensor,
+    log_evidence: Tensor, num_samples: int
+) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+    """What new paths say of a bound, and where they end; a hundred paths at a time."""
+    parts = torch.arange(num_samples).split(100)
+    paths = [path_fn(model, encoder(x), x, len(part)) for part in parts]
+    log_weights = torch.cat([path.log_weights for path in paths])
+    values = {
+        "gap": log_evidence - log_weights.mean(0),
+        "half_variance": 0.5 * log_weights.var(0),
+        "importance_weighted_gap": log_evidence - log_mean_exp(log_weights, dim=0),
+    }
+    if len(paths[0].acceptance):
+        rates = torch.cat([path.acceptance for path in paths], 1)
+        values["acceptance"] = rates.mean((0, 1))
+    return values, torch.cat([path.z for path in paths])
+
+
+def evaluate_ring(run: Run) -> Outcome:
+    """Both parameters of the ring, learned by the bound of a path with one q for all observations.
+
+    The data are the same for all rows of a seed. For observations that nobody was trained on,
+    ``loss`` is what the learned model has less of the evidence than the true one, in nats, and
+    ``gap`` that of the bound under the learned model. The details hold the squared error of both
+    parameters together, each part, and where the learning began.
+    """
+    config, dim, started = run.config, run.config["latent_dim"], time.monotonic()
+    torch.manual_seed(run.seed)
+    truth = targets.Ring(dim).requires_grad_(False)
+    judged, x = truth.sample(config["num_judged"])[0], truth.sample(config["num_observations"])[0]
+    first = math.exp(config["log_start"])
+    model, encoder = targets.Ring(dim, first, first), targets.FreeGaussian(torch.zeros(1, dim))
+    path_fn, learned = build_path(config, dim)
+
+    def batch() -> Tensor:
+        return x[torch.randint(len(x), (config["batch_size"],))]
+
+    targets.fit_path(
+        path_fn, model, encoder, batch, learned=nn.ModuleList([model, learned]), **_updates(config)
+    )
+    log_evidence = model.requires_grad_(False).log_evidence(judged)
+    values, _ = _judged(path_fn, model, encoder, judged, log_evidence, config["num_samples"])
+    values["loss"] = truth.log_evidence(judged) - log_evidence
+    errors = {
+        name: (getattr(model, name).exp() - getattr(truth, name).exp()).item()
+        for name in ("log_alpha", "log_beta")
+    }
+    squares = {f"squared_error_{name[4:]}": error**2 for name, error in errors.items()}
+    return Outcome(values, {"fit": time.monotonic() - started}, squares)

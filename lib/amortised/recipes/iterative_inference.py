@@ -17,13 +17,7 @@ from .. import data, evaluation, iterative
 from ..models import AncestralGaussian, conditional_normal
 from ..numerics import seeded
 from ..training import fit, half_cosine
-from .common import (
-    Outcome,
-    Run,
-    Training,
-    adam,
-    images_of,
-)
+from .common import Outcome, Run, Training, adam, images_of
 
 #: Kind and size of the observations of each data set.
 OBSERVATIONS = {
