@@ -19,7 +19,7 @@ from amortised import amc, experiments, studies
 from amortised.recipes import RECIPES, Recipe, Training, common, evaluate_decoder
 from tiny import OPTIONS, Root
 
-MOST_LINES, MOST_LINES_OF_A_FUNCTION = 6_802, 60
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 6_809, 60
 MODULES = sorted(Path(amortised.__file__).parent.rglob("*.py"))
 LAYOUT = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE),

@@ -448,11 +448,11 @@ def test_text_from_data_is_shown_and_not_obeyed(tmp_path, monkeypatch):
 
     device = {"type": "cpu", "name": "<script>alert(1)</script>|`x`", "threads": 1}
     record = {"provenance": {"device": device, "wall_seconds": 60.0}, "details": {}}
-    run = experiments.select(experiments.load_studies(), "vae_recap", "vae", seed=0)[0]
+    run = experiments.select(experiments.load_studies(), "vae_objectives", "elbo", seed=0)[0]
     monkeypatch.setattr(
         experiments, "state_of", lambda e, root=None: experiments.State("done", record)
     )
-    devices = {timed.device for timed in cost_table.timed_runs({"vae_recap": [run]}, tmp_path)}
+    devices = {timed.device for timed in cost_table.timed_runs({"vae_objectives": [run]}, tmp_path)}
     (device,) = devices
     assert not set("<>|`") & set(device) and "script" in device
 

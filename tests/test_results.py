@@ -29,7 +29,7 @@ def make_record(per_image=None, **changes):
     facts = {"commit": "0" * 40, "dirty": False, "versions": {"torch": "2.13.0"}}
     facts |= {"device": {"type": "cpu", "name": "test"}, "data_sha256": {}}
     facts |= {"started": "2001-01-01T00:00:00+00:00", "wall_seconds": 1.5}
-    record = {"study": "vae_recap", "row": "iwae_50", "scale": "smoke", "seed": 0}
+    record = {"study": "vae_objectives", "row": "iwae_50", "scale": "smoke", "seed": 0}
     record |= {"config": config, "config_hash": results.config_hash(config), "recipe_version": 1}
     record |= {"status": "done", "metrics": results.summarise(per_image or PER_IMAGE)}
     return record | {"provenance": facts} | changes
@@ -99,14 +99,35 @@ def lead(study, row, baseline, metric="ais_ll"):
 
 
 def test_what_chapter_1_says_of_recorded_runs_is_so():
-    recorded = tables.load_study("vae_recap", "laptop")
-    for row in ("iwae_5", "dreg_5"):  # ten nats in every seed, yet not in every interval
-        _, by_seed = tables.paired(recorded, row, "vae", "ais_ll")
-        assert len(by_seed) == 3 and all(estimate.mean > 10 for estimate in by_seed)
-    assert lead("vae_recap", "iwae_5", "vae") < 1
-    assert abs(lead("vae_recap", "dreg_5", "iwae_5")) < 1
-    _, by_seed = tables.paired(recorded, "dreg_5", "iwae_5", "ais_ll")
-    assert len({estimate.mean > 0 for estimate in by_seed}) == 2
+    study = tables.load_study("vae_objectives", "laptop")
+
+    def by_seed(row, baseline, metric="full_is_ll"):
+        _, found = tables.paired(study, row, baseline, metric)
+        assert len(found) == 3
+        return [estimate.mean for estimate in found]
+
+    gains = by_seed("elbo", "elbo_drawn") + by_seed("elbo_slow", "elbo_slow_drawn")
+    gains += by_seed("iwae_5", "iwae_5_drawn")
+    assert 4 < min(gains) < 5 and 95 < max(gains) < 96
+    in_use = [run.record["details"]["active_latents"] for run in study["elbo_drawn"]]
+    assert in_use.count(0) == 1
+    rate = by_seed("elbo", "elbo_slow")
+    assert min(rate) < 0 < max(rate) and max(map(abs, rate)) < 5
+    warmup = sorted(by_seed("elbo_warmup", "elbo"))
+    assert -26 < warmup[0] < -25 and warmup[1] > 0
+    late = study["elbo_warmup"][1].record["details"]
+    assert late["active_latents"] == 30
+    assert min(by_seed("elbo_5", "elbo")) > 0
+    assert all(3.8 < gain < 6 for gain in by_seed("iwae_5", "elbo_5"))
+    more = zip(by_seed("dreg_5", "elbo_5"), by_seed("iwae_5", "elbo_5"), strict=True)
+    assert all(dreg > iwae for dreg, iwae in more)
+    for row in ("iwae_5", "dreg_5"):
+        assert tables.paired(study, row, "elbo_5", "elbo")[0].mean < 0
+    mixture = by_seed("mixture_prior", "standard_prior")
+    assert (
+        min(mixture) < 1 < max(mixture)
+        and lead("vae_objectives", "mixture_prior", "standard_prior", "full_is_ll") < 1
+    )
 
 
 def test_what_chapter_5_says_of_teachers_is_so():
@@ -316,7 +337,7 @@ def test_a_result_survives_the_round_trip_and_is_the_same_bytes_each_time(tmp_pa
     record = make_record(details={"curve": [1.5, 2.5]})
     folders = [tmp_path / "a", tmp_path / "b"]
     path, other = (results.save_result(folder, record, PER_IMAGE) for folder in folders)
-    assert path == tmp_path / "a/vae_recap/iwae_50-smoke-seed0.json"
+    assert path == tmp_path / "a/vae_objectives/iwae_50-smoke-seed0.json"
     values = path.with_suffix(".safetensors")
     assert set(path.parent.iterdir()) == {path, values}
     assert path.read_bytes() == other.read_bytes()
@@ -425,11 +446,11 @@ def test_damaged_pairs_are_refused(tmp_path):
     other = path.with_name("vae-smoke-seed0.json")
     other.write_bytes(record)
     with pytest.raises(
-        ResultError, match=r"is the result vae_recap/iwae_50-smoke-seed0\.json by its"
+        ResultError, match=r"is the result vae_objectives/iwae_50-smoke-seed0\.json by its"
     ):
         results.load_result(other)
     with pytest.raises(FileNotFoundError):
-        results.load_result(tmp_path / "vae_recap/none-smoke-seed0.json")
+        results.load_result(tmp_path / "vae_objectives/none-smoke-seed0.json")
 
 
 def no_space(*arguments):
@@ -554,7 +575,7 @@ def flipped(content, bit):
 def test_one_bit_of_a_sealed_file_is_enough_to_refuse_it(tmp_path):
     """Every bit of the digests and of the rest of the metadata, and some of what follows."""
     weights = tmp_path / "a.safetensors"
-    results.save_weights(weights, Decoder(), Decoder().architecture, {"study": "vae_recap"})
+    results.save_weights(weights, Decoder(), Decoder().architecture, {"study": "vae_objectives"})
     path = results.save_result(tmp_path, make_record(), PER_IMAGE)
     readers = {weights: results.read_weights, path: results.load_result}
     for file, read in readers.items():

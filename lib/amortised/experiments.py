@@ -64,8 +64,9 @@ def select(
 
     :raises FormatError: for a name that does not exist, or if nothing fits; with the choices.
 
-    >>> [run.name for run in select(load_studies(), "vae_recap", "vae", scale="laptop", seed=0)]
-    ['vae_recap/vae-laptop-seed0']
+    >>> chosen = select(load_studies(), "vae_objectives", "elbo", scale="laptop", seed=0)
+    >>> [run.name for run in chosen]
+    ['vae_objectives/elbo-laptop-seed0']
     """
     found = [experiment for one in studies.values() for experiment in one]
     for name, value in (("study", study), ("row", row), ("scale", scale), ("seed", seed)):

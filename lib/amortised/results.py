@@ -267,8 +267,8 @@ def provenance(
 def result_path(root: str | Path, study: str, row: str, scale: str, seed: int) -> Path:
     """Path of a result's JSON file below ``root``, the folder of all studies.
 
-    >>> result_path("data/results", "vae_recap", "iwae_50", "laptop", 0).as_posix()
-    'data/results/vae_recap/iwae_50-laptop-seed0.json'
+    >>> result_path("data/results", "vae_objectives", "iwae_50", "laptop", 0).as_posix()
+    'data/results/vae_objectives/iwae_50-laptop-seed0.json'
     """
     return Path(root) / study / f"{row}-{scale}-seed{seed}.json"
 
@@ -299,7 +299,7 @@ def check_result(record: Mapping, per_image: Mapping[str, Tensor] | None = None)
         metrics that are not finite, a ``config_hash`` that is not that of ``config``; values that
         are no float32 vectors, or whose means are not the metrics of their names.
 
-    >>> check_result({"study": "vae_recap"})
+    >>> check_result({"study": "vae_objectives"})
     Traceback (most recent call last):
     ...
     amortised.results.ResultError: the result departs from its format:
@@ -355,7 +355,7 @@ def save_result(
     >>> import tempfile
     >>> elbo = {"elbo": torch.tensor([-90.0, -92.0])}
     >>> config = {"epochs": 2}
-    >>> record = dict(study="vae_recap", row="vae", scale="smoke", seed=0, config=config,
+    >>> record = dict(study="vae_objectives", row="vae", scale="smoke", seed=0, config=config,
     ...               config_hash=config_hash(config), recipe_version=1, status="done",
     ...               metrics=summarise(elbo), provenance=provenance(started=time.time()))
     >>> with tempfile.TemporaryDirectory() as root:
