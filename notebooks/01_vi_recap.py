@@ -1243,8 +1243,10 @@ labels = {
     "dreg_5": "DReG, K = 5",
 }
 study = tables.load_study("vae_objectives", "laptop")
-in_use = {row: [r.record["details"]["active_latents"] for r in study[row]] for row in study}
-in_use = {row: ", ".join(map(str, counts)) for row, counts in in_use.items()}
+in_use = {}
+for row in labels:
+    counts = [run.record["details"]["active_latents"] for run in study[row]]
+    in_use[row] = ", ".join(map(str, counts))
 metrics = {"log p(x)": "full_is_ll", "ELBO": "elbo"}
 tables.metric_table(study, labels, metrics, 1, given={"latents in use": in_use})
 

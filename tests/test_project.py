@@ -479,6 +479,7 @@ def test_cost_model_recovers_the_costs_that_made_the_times():
         "chain": 6e-5,
         "annealing": 5e-5,
         "importance": 2e-5,
+        "fit": 2e-1,
         "proposal": 4e-4,
     }
     runs = [

@@ -28,12 +28,13 @@ WORK = {
     "chain": "a gradient of the chain that teaches",
     "annealing": "a gradient of the annealed chains",
     "importance": "an importance sample",
+    "fit": "an image that a Gaussian with full covariance is fitted to",
     "proposal": "a training image of the Gaussian proposal fitted afterwards",
 }
 
 
 #: The recipes whose stages the model knows; of the runs of others the time alone is printed.
-MODELLED = ("amc", "vae", "teacher")
+MODELLED = ("amc", "vae", "objective", "teacher")
 
 
 class Timed(NamedTuple):
@@ -56,7 +57,10 @@ def work_of(config: Mapping) -> dict[str, dict[str, float]]:
     sampled = config["images"] * config.get("num_samples", 0)
     annealed = config["num_temperatures"] * config["num_leapfrog"]
     chains, pilot = config["num_chains"], config["pilot_chains"]
-    own = config.get("encoder", "gaussian") == "gaussian"
+    fitted, annealed_images = 0, config["images"]  # by what is fitted to each image
+    if "hais_images" in config:
+        fitted, annealed_images = config["images"], config["hais_images"]
+    own = config.get("encoder", "gaussian") == "gaussian" and not fitted
     decoders = 2 if "start" in config else 1  # one that it starts from, to compare with
     return {
         "training": {
@@ -65,9 +69,9 @@ def work_of(config: Mapping) -> dict[str, dict[str, float]]:
             "sample": images * (config.get("num_student_samples", 1) - 1),
             "chain": images * config.get("num_steps", 0) * leapfrogs,
         },
-        "annealing": {"annealing": decoders * config["images"] * annealed * (chains + pilot)},
+        "annealing": {"annealing": decoders * annealed_images * annealed * (chains + pilot)},
         "bounds": {"annealing": config["simulated_pairs"] * annealed * (2 * chains + pilot)},
-        "importance sampling": {"importance": sampled * (2 if own else 1)},
+        "importance sampling": {"importance": sampled * (2 if own else 1), "fit": fitted},
         "proposal": {"proposal": config["training_images"] * config.get("proposal_epochs", 0)},
     }
 

@@ -107,9 +107,12 @@ def targets(stem: str, notebook: nbformat.NotebookNode) -> dict[str, Target]:
             found[label] = Target(f"Section {chapter}.{number}", title, page)
 
     for cell in notebook.cells:
-        figure = cell.metadata.get("mystnb", {}).get("figure")
-        if cell.cell_type == "code" and figure:
-            add("figure", figure.get("name"))
+        shown = cell.metadata.get("mystnb", {}) if cell.cell_type == "code" else {}
+        if "figure" in shown:
+            add("figure", shown["figure"].get("name"))
+        tables = shown.get("table", [])
+        for table in tables if isinstance(tables, list) else [tables]:
+            add("table", table["name"])
         if cell.cell_type != "markdown":
             continue
         for one in LABELLED.finditer(CODE.sub("", cell.source)):

@@ -63,8 +63,8 @@ class LatentVariableModel(nn.Module):
         Normalising constants are kept, so that ``log_joint`` minus a normalised ``log q`` is a
         log-weight for :math:`p_\theta(x)`. Arguments and errors as in :meth:`log_likelihood`.
         """
-        log_likelihood = self.log_likelihood(x, z)
-        return self.prior().log_prob(z) + log_likelihood
+        x = self._checked(x, z)
+        return self.prior().log_prob(z) + self.log_likelihood(x, z)
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> tuple[Tensor, Tensor]:
