@@ -178,12 +178,11 @@ def build(folder: Path, *targets: str) -> list[str]:
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(folder / "lib")},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
     return sorted(re.findall(r"^(\S+) +executed in", done.stdout, flags=re.MULTILINE))
 
 

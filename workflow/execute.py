@@ -196,7 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.timing:
             record = {"chapter": source.stem, "seconds": round(seconds, 1), "finished": time.time()}
             write_text(options.timing, json.dumps(record) + "\n")
-    print(f"{source.stem:<24} executed in {seconds:5.1f} s", flush=True)
+    line = f"{source.stem:<24} executed in {seconds:5.1f} s\n"
+    print(line, end="", flush=True)  # one write: other chapters are executed at the same time
     return 0
 
 
