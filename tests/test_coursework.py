@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import coursework
+import grade
 import nbformat
 import new_chapter
 import pytest
@@ -390,6 +391,12 @@ except OSError:
     pass
 assert not found, found
 """
+
+
+def test_a_kernel_that_grades_keeps_its_folders_out_of_the_project(tmp_path):
+    """The project is read-only there, and on a fresh clone no chapter has made them before."""
+    folders = grade.environment(str(tmp_path)).values()
+    assert not [folder for folder in folders if str(ROOT) in folder]
 
 
 @pytest.mark.soak

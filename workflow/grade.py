@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import nbformat
 from environment import ROOT
-from execute import KERNEL_ENVIRONMENT
+from execute import CACHE, KERNEL_ENVIRONMENT
 from rebuild import likeness, plain, rebuild
 
 from amortised.commands import Parser
@@ -130,6 +130,12 @@ def kernels(scratch: str, wrap: list[str]) -> None:
     (folder / "kernel.json").write_text(json.dumps(spec))
 
 
+def environment(scratch: str) -> dict[str, str]:
+    """That of the chapters, with every folder in scratch: in the jail the project is read-only."""
+    own = {key: value.replace(str(CACHE), scratch) for key, value in KERNEL_ENVIRONMENT.items()}
+    return own | {"JUPYTER_PATH": f"{scratch}/share", "MPLBACKEND": "agg"}
+
+
 def autograde(course: Course, student: str, chapter: str, hidden: list[Path]) -> dict:
     """Let nbgrader run one submission; its verdict is ``{"success": ..., "log": ...}``."""
     from nbgrader.apps.api import NbGraderAPI
@@ -137,13 +143,7 @@ def autograde(course: Course, student: str, chapter: str, hidden: list[Path]) ->
     logging.getLogger("traitlets").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="grade-") as scratch:
         kernels(scratch, jail(scratch, hidden))
-        os.environ |= KERNEL_ENVIRONMENT | {
-            "JUPYTER_PATH": f"{scratch}/share",
-            "JUPYTER_RUNTIME_DIR": scratch,
-            "IPYTHONDIR": f"{scratch}/ipython",
-            "MPLCONFIGDIR": f"{scratch}/matplotlib",
-            "MPLBACKEND": "agg",
-        }
+        os.environ |= environment(scratch)
         return NbGraderAPI(config=course.config(scratch)).autograde(chapter, student, force=True)
 
 
