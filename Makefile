@@ -45,7 +45,7 @@ test: environment ## lint, unit tests, chapters at smoke size, committed outputs
 	@$(PYTEST) --numprocesses auto --dist loadscope -o addopts= --nbval-lax --nbval-current-env \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
 	@$(SNAKEMAKE) book
-	@$(PYTEST) tests/test_site.py
+	@$(PYTEST) --numprocesses auto --dist loadscope tests/test_site.py
 
 site: book ## the same as book
 

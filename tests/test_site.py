@@ -160,13 +160,16 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def visits(browser, address, site):
-    """Each page on a desk, in light and dark, and on a phone; what the browser had to say."""
+@pytest.fixture(scope="class")
+def visits(browser, address, site, request):
+    """Half of the pages on a desk, in light and dark, and on a phone; what the browser had to say.
+
+    Which half, the class of the tests says: a worker takes a class.
+    """
     axe, record = Axe(), {}
     alike = [name for name in site if name.startswith("_modules/")][1:]  # listings; one will do
     context = browser.new_context(viewport=DESK)
-    for name in site:
+    for name in list(site)[request.cls.half :: 2]:
         page, trouble, abroad = context.new_page(), [], []
         page.on("console", lambda m, t=trouble: m.type == "error" and t.append(m.text))
         page.on("pageerror", lambda error, t=trouble: t.append(str(error)))
@@ -203,65 +206,70 @@ def check(visits, complain):
         pytest.fail("\n".join(lines), pytrace=False)
 
 
-def test_pages_load_without_errors(visits):
-    check(visits, lambda v: v.get("trouble", []))
+class Visited:
+    half: int
+
+    def test_pages_load_without_errors(self, visits):
+        check(visits, lambda v: v.get("trouble", []))
+
+    def test_no_request_leaves_the_machine(self, visits):
+        check(visits, lambda v: v.get("abroad", []))
+
+    def test_no_sideways_scrolling_on_a_phone(self, visits):
+        check(visits, lambda v: [w for w in [v.get("width", 0)] if w > PHONE["width"]])
+
+    def test_mathematics_is_rendered_once(self, visits):
+        def complain(visit):
+            for formula in visit["formulas"]:
+                if formula["rendered"] != 1:
+                    yield f"rendered {formula['rendered']} times: {formula['source']!r}"
+                elif formula["mathmlWidth"] > 2:  # shown twice when the style sheet is missing
+                    yield f"its MathML shows beside it: {formula['source']!r}"
+            if visit["broken"]:
+                yield f"{visit['broken']} formulas in error"
+            for raw in re.findall(r"\$[^$\n]{1,60}\$?|\\[(\[].{1,60}", visit["text"]):
+                yield f"raw mathematics {raw!r}"
+
+        untouched = {key: visit for key, visit in visits.items() if key[1] == "light"}
+        check(untouched, complain)
+        assert any(visit["formulas"] for visit in untouched.values())
+
+    def test_images_load_and_say_what_they_show(self, visits):
+        def complain(visit):
+            for image in visit["images"]:
+                if not image["loaded"]:
+                    yield f"{image['source']} does not load"
+                if not image["alt"] or "_images/" in image["alt"]:
+                    yield f"{image['source']} has no alt text"
+
+        check(visits, complain)
+
+    def test_figures_are_not_tinted_or_boxed(self, visits):
+        """A figure is transparent with colours for both modes; the theme must not filter it."""
+
+        def complain(visit):
+            for image in visit["images"]:
+                if (image["filter"], image["background"]) != ("none", "rgba(0, 0, 0, 0)"):
+                    yield f"{image['source']}: {image['filter']}, {image['background']}"
+
+        check(visits, complain)
+
+    def test_accessibility(self, visits):
+        def complain(visit):
+            for violation in visit["axe"]:
+                if violation["impact"] != "minor":
+                    places = ", ".join(str(node["target"][0]) for node in violation["nodes"][:4])
+                    yield f"{violation['id']}: {violation['help']} ({places})"
+
+        check(visits, complain)
 
 
-def test_no_request_leaves_the_machine(visits):
-    check(visits, lambda v: v.get("abroad", []))
+class TestFirstHalf(Visited):
+    half = 0
 
 
-def test_no_sideways_scrolling_on_a_phone(visits):
-    check(visits, lambda v: [w for w in [v.get("width", 0)] if w > PHONE["width"]])
-
-
-def test_mathematics_is_rendered_once(visits):
-    def complain(visit):
-        for formula in visit["formulas"]:
-            if formula["rendered"] != 1:
-                yield f"rendered {formula['rendered']} times: {formula['source']!r}"
-            elif formula["mathmlWidth"] > 2:  # shown twice when the style sheet is missing
-                yield f"its MathML shows beside it: {formula['source']!r}"
-        if visit["broken"]:
-            yield f"{visit['broken']} formulas in error"
-        for raw in re.findall(r"\$[^$\n]{1,60}\$?|\\[(\[].{1,60}", visit["text"]):
-            yield f"raw mathematics {raw!r}"
-
-    untouched = {key: visit for key, visit in visits.items() if key[1] == "light"}
-    check(untouched, complain)
-    assert any(visit["formulas"] for visit in untouched.values())
-
-
-def test_images_load_and_say_what_they_show(visits):
-    def complain(visit):
-        for image in visit["images"]:
-            if not image["loaded"]:
-                yield f"{image['source']} does not load"
-            if not image["alt"] or "_images/" in image["alt"]:
-                yield f"{image['source']} has no alt text"
-
-    check(visits, complain)
-
-
-def test_figures_are_not_tinted_or_boxed(visits):
-    """A figure is transparent with colours for both modes; the theme must not filter it."""
-
-    def complain(visit):
-        for image in visit["images"]:
-            if (image["filter"], image["background"]) != ("none", "rgba(0, 0, 0, 0)"):
-                yield f"{image['source']}: {image['filter']}, {image['background']}"
-
-    check(visits, complain)
-
-
-def test_accessibility(visits):
-    def complain(visit):
-        for violation in visit["axe"]:
-            if violation["impact"] in ("serious", "critical"):
-                places = ", ".join(str(node["target"][0]) for node in violation["nodes"][:4])
-                yield f"{violation['id']}: {violation['help']} ({places})"
-
-    check(visits, complain)
+class TestSecondHalf(Visited):
+    half = 1
 
 
 def in_chapters(site):
