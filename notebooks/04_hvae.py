@@ -54,6 +54,7 @@ checks.parameters(
 )
 
 # %% tags=["hide-input"]
+import json
 import math
 import re
 import weakref
@@ -1128,6 +1129,40 @@ excess = {n: float((p[1] - floor[1])[:, -1].mean()) for n, p in fitted.items()}
 print("excess in sigma at d = 301:")
 for name, value in excess.items():
     print(f"  {name}: {abs(value):.0f}")
+
+# %% [markdown]
+# The published fits were made otherwise: 30,000 steps of RMSProp at $10^{-3}$, bounds of ten draws, leapfrog steps that start at 0.005. Does that optimiser reach the optima above? The next table is such a run on the data of this page, recorded by `python workflow/gaussian_budget.py`.
+
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-hvae-gaussian-budget", "caption": "The Gaussian experiment at the published budget, recorded on these data: squared error of the fitted $\\Delta$ and $\\sigma$ together, mean ± standard error over ten data sets; at $d = 301$ the mean error of each part, and the error in $\\sigma$ after the fits of this page, {numref}`tab-hvae-gaussian`; minutes of one processor core for all dimensions and data sets of a row."}}
+budget_file = data.data_folder() / "measured/hvae_gaussian.json"
+recorded = json.loads(budget_file.read_text(encoding="utf-8"))
+names = {
+    "hvae_1_cooled": "HVAE, K = 1, cooled",
+    "hvae_10_cooled": "HVAE, K = 10, cooled",
+    "hvae_1": "HVAE, K = 1",
+    "hvae_10": "HVAE, K = 10",
+    "mean_field": "mean-field VB, published budget",
+}
+budget_rows, at_budget = [], {}
+for row, name in names.items():
+    kept = recorded[row]["squared_error"]
+    parts = [torch.tensor(kept[part]) for part in ("delta", "sigma")]
+    at_budget[name] = [part[:, -1].mean().item() for part in parts]
+    totals = [estimate(sum(parts)[:, i]) for i in shown_dims]
+    minutes = recorded[row]["processor_seconds"] / 60
+    here = fitted[name][1][:, -1].mean().item()
+    budget_rows.append([name, *totals, *at_budget[name], here, minutes])
+titles = ["squared error", "d = 25", "d = 101", "d = 301", "Δ, 301"]
+titles += ["σ, 301", "σ here, 301", "minutes"]
+markdown_table(titles, budget_rows, decimals=1)
+
+# %% tags=["hide-input"]
+# NBVAL_CHECK_OUTPUT
+for name, (delta, scale) in at_budget.items():
+    print(f"{name}: error {delta:.0f} of delta, {scale:.0f} of sigma at d = 301")
+
+# %% [markdown]
+# Every HVAE arrives: the errors in $\sigma$ are those of the closed form to one part in a hundred, and those in $\Delta$ lie at the floor, 2 % below it at $d = 301$ because the last small distance from $\Delta = 0$ is not covered. So the budget does not excuse the untempered curve: its excess belongs to the bound. Mean-field VB is further from its optimum with ten draws than it was above with the exact gradient, by half as much again in squared error at $d = 301$: noise slows the slide.
 
 # %% [markdown]
 # So the published ranking dissolves into four separate effects.
