@@ -244,7 +244,10 @@ def _judged(
     path_fn: Callable[..., Paths], model: nn.Module, encoder: nn.Module, x: Tensor,
     log_evidence: Tensor, num_samples: int
 ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
-    """What new paths say of a bound, and where they end; a hundred paths at a time."""
+    """What new paths say of a bound, and where they end; a hundred paths at a time.
+
+    :raises FloatingPointError: when a path's weights are beyond the numbers.
+    """
     parts = torch.arange(num_samples).split(100)
     paths = [path_fn(model, encoder(x), x, len(part)) for part in parts]
     log_weights = torch.cat([path.log_weights for path in paths])
@@ -253,6 +256,9 @@ def _judged(
         "half_variance": 0.5 * log_weights.var(0),
         "importance_weighted_gap": log_evidence - log_mean_exp(log_weights, dim=0),
     }
+    if not values["half_variance"].isfinite().all():
+        worst = log_weights.abs().max().item()
+        raise FloatingPointError(f"the path has diverged: log-weights as large as {worst:.1g}")
     if len(paths[0].acceptance):
         rates = torch.cat([path.acceptance for path in paths], 1)
         values["acceptance"] = rates.mean((0, 1))
