@@ -377,7 +377,7 @@ def train(encoder, loss_fn, *arguments, step_size=0.01, times=1):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for step in range(steps):
         optimiser.zero_grad()
-        with numerics.argument_validation(step == 0):  # it takes a fifth of the time
+        with numerics.argument_validation(step == 0):  # slow
             loss_fn(encoder, *arguments).mean(-1).sum().backward()
         optimiser.step()
         schedule.step()
@@ -901,14 +901,14 @@ x_band = torch.linspace(-8, 8, 161).unsqueeze(-1)
 off = branch_error(opener, universe, x_band)
 claim("all paths: probability within 0.05 for |x| <= 8, every seed", off < 0.05)
 
-# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-pq-universe", "caption": "Example 4, first step: inferred and true posteriors. Left: the probability of one variable (blue) and, given two, of the right component (orange); exact values as wide pale lines, every seed as a thin one. Right: the value $z$ at three observations, exact (filled) and learned (lines)."}, "image": {"alt": "Left panel: the probability of one variable is near one for small absolute x and falls through one half near 2.8 to zero beyond 5; the probability of the right component given two is a sigmoid. Right panels: densities of z at x equal to 1, 2.5 and 5, with learned lines on the exact shapes, two-peaked at 2.5."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-pq-universe", "caption": "Example 4, first step: inferred and true posteriors. Left: the probability of one variable (blue) and, given two, of the right component (pink); exact values as wide pale lines, every seed as a thin one. Right: the value $z$ at three observations, exact (filled) and learned (lines)."}, "image": {"alt": "Left panel: the probability of one variable is near one for small absolute x and falls through one half near 2.8 to zero beyond 5; the probability of the right component given two is a sigmoid. Right panels: densities of z at x equal to 1, 2.5 and 5, with learned lines on the exact shapes, two-peaked at 2.5."}}
 figure, axes = plt.subplots(1, 4, figsize=(7.6, 2.6), width_ratios=(2, 1, 1, 1))
 thick, thin = {"lw": 5, "alpha": 0.3}, {"lw": 1}
 for q, style in ((universe.posterior(x_band), thick), (at(opener, x_band), thin)):
     probs = q.mixture_distribution.probs.reshape(-1, len(x_band), 3)
     axes[0].plot(x_band, probs[..., 0].T, color=PQ, **style)
     right = probs[..., 2] / probs[..., 1:].sum(-1)
-    axes[0].plot(x_band, right.T, color=QP, **style)
+    axes[0].plot(x_band, right.T, color=plotting.COLOURS["samples"], **style)
 axes[0].set(xlabel="$x$", ylabel="probability", yticks=(0, 0.5, 1))
 for ax, x in zip(axes[1:], (1.0, 2.5, 5.0), strict=True):
     learned = [(marginal(opener), PQ, "-", "pq")]
@@ -1047,7 +1047,7 @@ for name, rank in ranks.items():
     holds = misfit.min() > 3 if fails else misfit.max() < 1.95
     claim(f"{name}: misfit {'above 3' if fails else 'below 1.95'}", holds)
 
-# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-pq-parcels", "caption": "The unbounded program. Left: $P(n \\mid x)$ for $n = 1, \\dots, 5$, exact (wide pale lines) and learned by the encoder that runs along the trace (thin, every seed). Right: simulation-based calibration, first seed: the empirical distribution of the ranks minus the uniform one, for the misfit (solid) and the first weight (dotted); shaded: the band that uniform ranks leave once in a thousand times."}, "image": {"alt": "Left: five bumps, one for each number of parcels, that overlap; thin lines lie on the pale ones. Right: all dotted curves and the solid blue one stay within the band around zero; the solid orange curve of the mean-field encoder and the solid olive curve of the prior leave it widely."}}
+# %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-pq-parcels", "caption": "The unbounded program. Left: $P(n \\mid x)$ for $n = 1, \\dots, 5$, exact (wide pale lines) and learned by the encoder that runs along the trace (thin, every seed). Right: simulation-based calibration, first seed: the empirical distribution of the ranks minus the uniform one, for the misfit (solid) and the first weight (dotted); shaded: the band that uniform ranks leave once in a thousand times."}, "image": {"alt": "Left: five bumps, one for each number of parcels, that overlap; thin lines lie on the pale ones. Right: all dotted curves and the solid blue one stay within the band around zero; the solid pink curve of the mean-field encoder and the solid olive curve of the prior leave it widely."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.0))
 for n in range(5):
     left.plot(x_parcels, exact[:, n], color=EXACT, lw=5, alpha=0.3)
@@ -1055,7 +1055,7 @@ for n in range(5):
     top, peak = exact[:, n].max(0)
     left.text(x_parcels[peak, 0], top + 0.03, f"$n = {n + 1}$", ha="center")
 left.set(xlabel="$x$", ylabel="$P(n \\mid x)$", ylim=(0, 1.12))
-colours = (PQ, QP, plotting.COLOURS["other"])
+colours = (PQ, *(plotting.COLOURS[name] for name in ("samples", "other")))
 for (name, rank), colour in zip(ranks.items(), colours, strict=True):
     level = torch.linspace(0, 1, len(rank) + 1)
     for column, line in ((1, ":"), (2, "-")):
