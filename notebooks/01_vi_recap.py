@@ -449,7 +449,7 @@ for name, (step_size, start, thin) in settings.items():
     rhat = mcmc.split_rhat(trace).item()
     print(f"{name}: R-hat {rhat:.1f}, share right of zero {right:.1f}")
 one_start, two_starts, _ = map(mcmc.split_rhat, traces.values())
-assert one_start < 1.01 < 1.5 < two_starts  # the usual threshold passes the first
+assert one_start < 1.05 < 1.5 < two_starts
 
 
 # %% tags=["hide-input", "slide"] mystnb={"figure": {"name": "fig-vi-rhat", "caption": "Metastability. Traces of four chains on a posterior with two modes, of weights 0.3 and 0.7. Left: all chains start at $-5$, stay, and agree with one another. Middle: from dispersed starts two stay on each side. Right: wide steps cross, and the share of time on each side becomes the weight of the mode. Grey: the exact density."}, "image": {"alt": "Three panels of traces against the exact bimodal density drawn in grey at the side. Left, all traces lie on the lower mode; middle, two lie on the lower and two on the upper mode; right, traces jump between both."}}

@@ -1606,12 +1606,12 @@ print("below the ELBO at 1.4:", one_step(1.4) < exact_bound(0, 1.0))
 #
 # *Build · 4 + 2 points · 35 minutes.*
 #
-# The ring is symmetric, and a map that knows it needs no gradient. Write a module `Rotation` with `Rotation(angle)`, an attribute `uses_gradient = False`, and a `forward(state, evaluate)` that turns `state.z` by the angle, keeps `state.momentum`, evaluates the new position with `evaluate(z)`, and returns the new state and the logarithm of the Jacobian. Inside MetVAE with Barker's rule it must leave the mean weight at the evidence, and eight decisions about a turn should spread the paths over the ring.
+# The ring is symmetric, and a map that knows it needs no gradient. Write a module `Rotation` with `Rotation(angle)`, an attribute `uses_gradient = False`, and a `forward(state, evaluate)` that turns `state.z` by the angle, keeps `state.momentum`, evaluates the new position with `evaluate(z)`, and returns the new state and the logarithm of the Jacobian. Inside MetVAE with Barker's rule it must leave the mean weight at the evidence, and decisions about four turns should spread the paths over the ring. (The start is wider than the prior, so that no weight is large: with a narrow one the mean of 50,000 weights can miss its expectation by many of its own standard errors.)
 #
 # ~~~python
 # hint = "a rotation keeps volumes; the new state is (z, momentum, *evaluate(z))"
 # turns = Maps([Rotation(math.pi / 2**k) for k in range(4)])
-# wide = Independent(Normal(torch.tensor([[1.5, 0.3]]), 0.7), 1)
+# wide = Independent(Normal(torch.tensor([[1.5, 0.3]]), 1.2), 1)
 # with torch.no_grad():
 #     path = mcvae.metvae_path(ring, wide, x_ring[:1], 50_000, settings=turns)
 # ratio = mean_ratio(path, log_ring)
@@ -1647,7 +1647,7 @@ class Rotation(nn.Module):
 # %%
 # NBVAL_CHECK_OUTPUT
 turns = Maps([Rotation(math.pi / 2**k) for k in range(4)])
-wide = Independent(Normal(torch.tensor([[1.5, 0.3]]), 0.7), 1)
+wide = Independent(Normal(torch.tensor([[1.5, 0.3]]), 1.2), 1)
 
 
 with torch.no_grad():
