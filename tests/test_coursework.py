@@ -7,6 +7,7 @@ stand the steps around them; grading itself needs nbgrader and runs where ``make
 
 import copy
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -380,16 +381,176 @@ def test_a_notebook_is_known_by_its_cells(given):
     assert likeness(given, solved(given)) > 10 * max(1, likeness(given, other))
 
 
+# --- what becomes of them ------------------------------------------------------------------------
+
+
+def run(name, *outcomes):
+    """A cell that was run: each outcome is what it printed, or the name of an error."""
+    outputs = [
+        nbformat.v4.new_output("stream", name="stdout", text=one)
+        if one.startswith("✓")
+        else nbformat.v4.new_output("error", ename=one, evalue="", traceback=[])
+        for one in outcomes
+    ]
+    return nbformat.v4.new_code_cell("x", id=name, execution_count=1, outputs=outputs)
+
+
+@pytest.mark.parametrize(
+    ("cells", "passed", "state"),
+    [
+        ([run("a-answer"), run("a-check", "✓ a", "✓ b")], True, "graded"),
+        ([run("a-answer"), run("a-check", "AssertionError")], False, "graded"),
+        ([run("a-answer", "NotImplementedError"), run("a-check", "NameError")], False, "graded"),
+        ([run("a-answer"), run("a-check", "✓ a")], None, "reported 1 times instead of 2"),
+        ([run("a-answer"), code("x", id="a-check")], None, "the check was never run"),
+        ([run("a-answer", "CellTimeoutError"), run("a-check", "NameError")], None, "was stopped"),
+        ([run("a-answer", "KeyboardInterrupt"), run("a-check", "✓ a")], None, "was stopped"),
+        ([run("own-1-1", "CellTimeoutError"), run("a-check", "NameError")], None, "was stopped"),
+        ([run("a-answer"), run("a-check", "✓ a", "KeyboardInterrupt")], None, "was stopped"),
+        # A cell of the student's own that loops takes nothing from an answer that is right.
+        ([run("own-1-1", "CellTimeoutError"), run("a-check", "✓ a", "✓ b")], True, "graded"),
+    ],
+)
+def test_a_check_that_fails_is_told_from_one_that_could_not_be_made(cells, passed, state):
+    found, said = grade.verdict(cells, 2)
+    assert found is passed
+    assert said == state if state == "graded" else said.startswith("not graded: ") and state in said
+
+
+def test_a_cell_that_was_stopped_counts_against_its_own_question_alone():
+    cells = [run("a-answer", "CellTimeoutError"), run("a-check", "NameError"), run("a-text")]
+    cells += [run("b-answer"), run("b-check", "AssertionError")]
+    found = grade.spans(cells)
+    assert {name: [cell.id for cell in span] for name, span in found.items()} == {
+        "a-check": ["a-answer", "a-check"],
+        "b-check": ["a-text", "b-answer", "b-check"],
+    }
+    assert [grade.verdict(span, 1)[1] for span in found.values()] == [
+        f"not graded: a cell was stopped after {grade.CELL_SECONDS} s",
+        "graded",
+    ]
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("course")
+    coursework.write(folder, ["03_iterative_inference", "05_amc"], [])
+    return grade.Course(folder)
+
+
+def class_of(folder, **students):
+    """A folder of submissions; the files of a student are in the order of their times."""
+    for student, files in students.items():
+        for order, (name, content) in enumerate(files.items()):
+            path = folder / student / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nbformat.write(content, path)
+            os.utime(path, (1e9 + order, 1e9 + order))
+    return folder
+
+
+def test_of_several_notebooks_the_one_that_was_worked_on_is_graded(course, given, tmp_path):
+    half, answered = copy.deepcopy(given), solved(given)
+    find(half, "ex-amc-memory-text").source = "It forgets."
+    blank = copy.deepcopy(given)
+    blank.cells.append(code(""))
+    files = {"old.ipynb": half, "sub/final.ipynb": answered, "05_amc.ipynb": blank}
+    (found,) = grade.handed_in(course, class_of(tmp_path, ann=files))
+    assert found[:2] == ("ann", "05_amc") and found.notebook == answered
+    assert found.said == "graded was final.ipynb, set aside was 05_amc.ipynb, old.ipynb"
+
+
+def test_an_answer_in_a_cell_of_ones_own_is_work(given):
+    own = copy.deepcopy(given)
+    own.cells.insert(-1, code("mine = 1"))
+    assert grade.worked_on(given, own) and not grade.worked_on(given, copy.deepcopy(given))
+
+
+def test_no_file_and_no_chapter_is_passed_over_in_silence(course, given, tmp_path):
+    other = course.release("03_iterative_inference")
+    class_of(tmp_path, ann={"a.ipynb": given, "b.ipynb": other}, bob={"x.ipynb": other})
+    (tmp_path / "carl").mkdir()
+    for name in ("05_amc-dora.ipynb", "all.zip", "grades.csv", ".DS_Store"):
+        (tmp_path / name).write_text("{}")
+    submissions = list(grade.handed_in(course, tmp_path))
+    assert [(one.student, one.chapter, one.notebook is None) for one in submissions] == [
+        ("", "05_amc-dora.ipynb", True),
+        ("", "all.zip", True),
+        ("ann", "03_iterative_inference", False),
+        ("ann", "05_amc", False),
+        ("bob", "03_iterative_inference", False),
+        ("carl", "", True),
+    ]
+    (loose,) = grade.grade_one(course, submissions[0], [], {})
+    assert loose.state == "not graded: a file in no student's folder: put it into one"
+    lines = list(grade.missing(course, submissions))
+    assert [(one.student, one.chapter, one.points, one.state) for one in lines] == [
+        ("carl", "03_iterative_inference", "", "not handed in"),
+        ("bob", "05_amc", "", "not handed in"),
+        ("carl", "05_amc", "", "not handed in"),
+    ]
+    whole = sum(e.points + e.text_points for e in exercises(BOOK.notebooks["05_amc"]).values())
+    assert lines[-1].of == whole
+
+
+def test_a_chapter_that_nobody_handed_in_was_not_set(course, given, tmp_path):
+    submissions = list(grade.handed_in(course, class_of(tmp_path, ann={"a.ipynb": given})))
+    assert list(grade.missing(course, submissions)) == []
+
+
+def test_notebooks_set_aside_and_cells_that_are_missing_are_in_the_table(
+    course, given, monkeypatch
+):
+    monkeypatch.setattr(grade, "run_one", lambda *_: "its kernel died")
+    lost = copy.deepcopy(given)
+    lost.cells = [cell for cell in lost.cells if cell.id != "bootstrap"]
+    one = grade.Submission("ann", "05_amc", lost, "graded was a.ipynb, set aside was b.ipynb")
+    first, *others = grade.grade_one(course, one, [], {})
+    assert first.notes == f"{one.said}; bootstrap was missing"
+    assert first.state == "not graded: its kernel died" and not any(line.notes for line in others)
+
+
+def test_states_of_the_table_are_those_that_the_page_names():
+    page = (ROOT / "book" / "teaching.md").read_text()
+    table = page[page.index("| state | meaning |") :].split("\n\n")[0]
+    named = set(re.findall(r"^\| ([\w ]+)(?:: \*reason\*)? \|", table, re.MULTILINE))
+    assert named == {"state", "graded", "pending", "blank", "not handed in", "not graded"}
+
+
+def test_history_is_found_in_a_clone_and_in_a_worktree(tmp_path):
+    clone, tree = tmp_path / "clone", tmp_path / "tree"
+    own = clone / ".git" / "worktrees" / "tree"
+    own.mkdir(parents=True)
+    (own / "commondir").write_text("../..\n")
+    tree.mkdir()
+    (tree / ".git").write_text(f"gitdir: {own}\n")
+    assert grade.history(clone) == grade.history(tree) == [clone / ".git"]
+    assert not grade.history(tmp_path)[0].exists()
+
+
 # --- grading, where nbgrader is ------------------------------------------------------------------
 
 SPY = """
-import os, pathlib
+import os, pathlib, shutil, subprocess
 found = [name for name in {names!r} if pathlib.Path(name).exists()]
 try:
     pathlib.Path({mark!r}).write_text("spied")
 except OSError:
     pass
+show = ["git", "-C", {root!r}, "show", "HEAD:tests/hidden_tests/05_amc.md"]
+if shutil.which("git"):
+    assert "ex-amc" not in subprocess.run(show, capture_output=True, text=True).stdout
 assert not found, found
+"""
+
+
+DEAF = """
+while True:
+    try:
+        while True:
+            pass
+    except KeyboardInterrupt:
+        pass
 """
 
 
@@ -418,12 +579,16 @@ def test_submissions_of_all_kinds_are_graded_for_what_they_are(tmp_path):
 
     loud = "\nimport sys\nprint('a warning', file=sys.stderr)"
     names = [course / "source", class_ / "blank", ROOT / "tests/hidden_tests/05_amc.md"]
-    spy = SPY.format(names=[str(name) for name in names], mark=str(ROOT / "spied"))
+    names += [folder / "HEAD" for folder in grade.history(ROOT)]
+    names = [str(name) for name in names]
+    spy = SPY.format(names=names, mark=str(ROOT / "spied"), root=str(ROOT))
     added = [("ex-amc-memory", lambda text: text + loud), ("ex-amc-fixed", lambda text: text + spy)]
     hand_in("right", *added, name="final (2).ipynb")
     hand_in("blank", answered=copy.deepcopy(given))
     hand_in("wrong", *wrong.items())
     hand_in("exits", ("ex-amc-fixed", "import os\nos._exit(0)"))
+    hand_in("loops", ("ex-amc-fixed", "while True:\n    pass"))
+    hand_in("deaf", ("ex-amc-fixed", DEAF))
     scores = "import sys\ndef resting(*a):\n    sys.displayhook(2.0)\n    return 0.0"
     silent = "checks.close = lambda *a, **k: None\nnum_data = 1"
     hand_in("tricks", ("ex-amc-fixed", scores), ("ex-amc-memory", silent))
@@ -431,7 +596,8 @@ def test_submissions_of_all_kinds_are_graded_for_what_they_are(tmp_path):
     (class_ / "broken" / "a.ipynb").write_text("{")
 
     command = [sys.executable, ROOT / "workflow/grade.py", class_, course]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    limits = os.environ | {"GRADE_SECONDS": "20 120"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=limits)
     with (class_ / "grades.csv").open() as file:
         lines = list(csv.DictReader(file))
 
@@ -446,6 +612,10 @@ def test_submissions_of_all_kinds_are_graded_for_what_they_are(tmp_path):
     assert set(column("right", "state", "text").values()) == {"pending"}
     assert set(column("blank", "state", "text").values()) == {"blank"}
     assert all("its kernel died" in state for state in column("exits", "state").values())
+    stopped = column("loops", "state")
+    assert stopped.pop("fixed") == "not graded: a cell was stopped after 20 s"
+    assert set(stopped.values()) == {"graded"} and points("loops") > 0
+    assert all("would not be interrupted" in state for state in column("deaf", "state").values())
     assert "a.ipynb is no submission" in column("broken", "state", "")[""]
     assert (column("tricks", "points")["fixed"], column("tricks", "points")["memory"]) == (
         "0.0",
@@ -454,7 +624,7 @@ def test_submissions_of_all_kinds_are_graded_for_what_they_are(tmp_path):
     assert column("tricks", "state")["memory"].endswith("reported 0 times instead of 2")
     cells = nbformat.read(course / "autograded/right/05_amc/05_amc.ipynb", 4).cells
     (spied,) = [cell for cell in cells if cell.id == "ex-amc-fixed-answer"]
-    assert "no jail" in printed or (not spied.outputs and not (ROOT / "spied").exists())
+    assert "no jail" in done.stdout or (not spied.outputs and not (ROOT / "spied").exists())
 
 
 # --- a new chapter -------------------------------------------------------------------------------
