@@ -7,17 +7,20 @@ stand the steps around them; grading itself needs nbgrader and runs where ``make
 
 import copy
 import csv
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import coursework
 import grade
 import nbformat
 import new_chapter
 import pytest
+import test_book
 from coursework import Book, cleared, exercises, marked, without_solutions
 from execute import read_chapter
 from plain import Page, Target, directives, targets
@@ -165,6 +168,65 @@ def test_ids_do_not_move_when_a_cell_is_put_in():
     book.notebooks["05_amc"].cells.insert(4, code("inserted = 1"))
     after = {cell.id for cell in book.assignment("05_amc", False, {}).cells}
     assert before < after and len(after) == len(before) + 1
+
+
+def start(monkeypatch, address, colab, exit_code=0):
+    """Run the first cell where the library is not installed; the commands that it gives."""
+    given, shell = coursework.bootstrap(address), []
+    monkeypatch.setenv("NBGRADER_EXECUTION", "student")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "google.colab", sys) if colab else None
+    ipython = SimpleNamespace(system=shell.append)
+    exec(given, {"get_ipython": lambda: ipython, "_exit_code": exit_code})
+    return shell
+
+
+def test_the_first_cell_says_that_the_copy_is_small():
+    for address in ("", "https://example.org/book"):
+        told = " ".join(re.findall(r"^# (.*)", coursework.bootstrap(address), re.MULTILINE))
+        assert "numbers that the text quotes are those of the book's page, not of your run" in told
+
+
+def test_the_first_cell_fetches_the_library_in_colab_alone(monkeypatch):
+    address = "https://example.org/book"
+    with pytest.raises(ImportError, match=f"pip install git.{address}"):
+        start(monkeypatch, address, colab=False)
+    for colab in (False, True):
+        with pytest.raises(ImportError, match="in a clone of its repository, pip install"):
+            start(monkeypatch, "", colab)
+    (fetch,) = start(monkeypatch, address, colab=True)
+    assert [part.split()[:2] for part in fetch.split("&&")] == [
+        ["git", "init"],
+        ["git", "pull"],
+        ["pip", "install"],
+    ]
+    with pytest.raises(ImportError, match="was not fetched"):
+        start(monkeypatch, address, colab=True, exit_code=1)
+
+
+def test_a_source_that_a_lecturer_changed_is_not_overwritten(tmp_path, capfd):
+    def write(*stems):
+        coursework.write(tmp_path, stems, [])
+
+    write("03_iterative_inference")
+    path = tmp_path / "source/03_iterative_inference/03_iterative_inference.ipynb"
+    seen = nbformat.read(path, 4)
+    seen.cells[0].update(outputs=run("x", "✓").outputs, execution_count=1)
+    nbformat.write(seen, path)
+    write("03_iterative_inference")  # it was only run: nothing is lost
+    assert not nbformat.read(path, 4).cells[0].outputs
+    find(seen, "ex-it-scale-check").metadata.nbgrader.points += 1
+    nbformat.write(seen, path)
+    before = {one: one.read_bytes() for one in tmp_path.rglob("*") if one.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        write("05_amc", "03_iterative_inference")
+    said = capfd.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert f"{path} was changed since it was written: move it away" in said
+    assert {one: one.read_bytes() for one in tmp_path.rglob("*") if one.is_file()} == before
+    path.unlink()
+    write("03_iterative_inference")
+    assert path.is_file()
 
 
 def test_hidden_tests_of_an_overlay_are_added(tmp_path):
@@ -632,7 +694,7 @@ def test_submissions_of_all_kinds_are_graded_for_what_they_are(tmp_path):
 
 @pytest.fixture
 def copied(tmp_path):
-    for name in ("README.md", "book/_toc.yml", "book/intro.md"):
+    for name in new_chapter.REGISTERS:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
     for pattern in new_chapter.FILES:
@@ -669,6 +731,7 @@ def test_a_new_chapter_has_labels_of_its_own_and_is_registered(copied, stem):
     assert "chapters/98_of_mine\n" in (copied / "book/_toc.yml").read_text()
     assert "(notebooks/98_of_mine.ipynb)" in (copied / "README.md").read_text()
     assert ":link: chapters/98_of_mine\n" in (copied / "book/intro.md").read_text()
+    test_book.test_heads_and_readme_tell_the_times_that_were_noted(copied)
 
 
 def without_exercises(text):
