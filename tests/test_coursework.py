@@ -20,11 +20,12 @@ import grade
 import nbformat
 import new_chapter
 import pytest
-import test_book
 from coursework import Book, cleared, exercises, marked, without_solutions
 from execute import read_chapter
 from plain import Page, Target, directives, targets
 from rebuild import likeness, rebuild
+
+import test_book
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = Book.read()
@@ -622,15 +623,21 @@ def test_a_kernel_that_grades_keeps_its_folders_out_of_the_project(tmp_path):
     assert not [folder for folder in folders if str(ROOT) in folder]
 
 
-@pytest.mark.soak
-def test_submissions_of_all_kinds_are_graded_for_what_they_are(tmp_path):
-    """One chapter from coursework to grades, in some minutes, nearly all of them nbgrader's."""
-    pytest.importorskip("nbgrader")
-    course, class_ = tmp_path / "course", tmp_path / "class"
-    coursework.write(course, ["05_amc"], [])
-    given = nbformat.read(course / "release/05_amc/05_amc.ipynb", 4)
-    wrong = coursework.filed(ROOT / "tests/wrong_answers/05_amc.md")
+def regenerated(course):
+    """Change the points of a check and make the release again, by the line of the page."""
+    source = course / "source/05_amc/05_amc.ipynb"
+    changed = nbformat.read(source, 4)
+    find(changed, "ex-amc-memory-check").metadata.nbgrader.points += 1
+    nbformat.write(changed, source)
+    page = (ROOT / "book" / "teaching.md").read_text()
+    line = re.search(r"^cd coursework && \.\./\.venv/bin/(.*)$", page, re.MULTILINE)[1]
+    name, *words = line.replace("06_evaluation_hais", "05_amc").split()
+    command, bare = Path(sys.executable).parent / name, os.environ | {"PATH": "/usr/bin:/bin"}
+    subprocess.run([command, *words], cwd=course, env=bare, check=True, capture_output=True)
+    return nbformat.read(course / "release/05_amc/05_amc.ipynb", 4)
 
+
+def hand_in_all_kinds(course, class_, given):
     def hand_in(student, *changes, name="05_amc.ipynb", answered=None):
         answered = answered or solved(given)
         for label, change in changes:
@@ -647,7 +654,7 @@ def test_submissions_of_all_kinds_are_graded_for_what_they_are(tmp_path):
     added = [("ex-amc-memory", lambda text: text + loud), ("ex-amc-fixed", lambda text: text + spy)]
     hand_in("right", *added, name="final (2).ipynb")
     hand_in("blank", answered=copy.deepcopy(given))
-    hand_in("wrong", *wrong.items())
+    hand_in("wrong", *coursework.filed(ROOT / "tests/wrong_answers/05_amc.md").items())
     hand_in("exits", ("ex-amc-fixed", "import os\nos._exit(0)"))
     hand_in("loops", ("ex-amc-fixed", "while True:\n    pass"))
     hand_in("deaf", ("ex-amc-fixed", DEAF))
@@ -657,8 +664,23 @@ def test_submissions_of_all_kinds_are_graded_for_what_they_are(tmp_path):
     (class_ / "broken").mkdir()
     (class_ / "broken" / "a.ipynb").write_text("{")
 
+
+def test_long_tests_install_nbgrader_and_grade():
+    done = subprocess.run(
+        ["make", "--dry-run", "soak"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert re.search(r"environment\.py lab\n.*pytest .*-m soak .*test_coursework", done.stdout)
+
+
+@pytest.mark.soak
+def test_submissions_of_all_kinds_are_graded_for_what_they_are(tmp_path):
+    """One chapter from coursework to grades, in some minutes, nearly all of them nbgrader's."""
+    pytest.importorskip("nbgrader")
+    course, class_ = tmp_path / "course", tmp_path / "class"
+    coursework.write(course, ["05_amc"], [])
+    hand_in_all_kinds(course, class_, regenerated(course))
     command = [sys.executable, ROOT / "workflow/grade.py", class_, course]
-    limits = os.environ | {"GRADE_SECONDS": "20 120"}
+    limits = os.environ | {"GRADE_SECONDS": "30 240"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=limits)
     with (class_ / "grades.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -668,21 +690,20 @@ def test_submissions_of_all_kinds_are_graded_for_what_they_are(tmp_path):
         return {one["exercise"].removeprefix("ex-amc-"): one[name] for one in own}
 
     def points(student):
-        return sum(map(float, column(student, "points").values()))
+        return sum(map(float, filter(None, column(student, "points").values())))
 
-    assert (points("right"), points("blank"), points("wrong")) == (12, 0, 0)
+    assert (points("right"), points("blank"), points("wrong")) == (13, 0, 0)
     assert set(column("right", "state", "text").values()) == {"pending"}
     assert set(column("blank", "state", "text").values()) == {"blank"}
     assert all("its kernel died" in state for state in column("exits", "state").values())
-    stopped = column("loops", "state")
-    assert stopped.pop("fixed") == "not graded: a cell was stopped after 20 s"
-    assert set(stopped.values()) == {"graded"} and points("loops") > 0
+    stopped, lost = column("loops", "state"), float(column("loops", "of")["fixed"])
+    assert stopped.pop("fixed") == "not graded: a cell was stopped after 30 s"
+    assert set(stopped.values()) == {"graded"} and points("loops") == 13 - lost
     assert all("would not be interrupted" in state for state in column("deaf", "state").values())
-    assert "a.ipynb is no submission" in column("broken", "state", "")[""]
-    assert (column("tricks", "points")["fixed"], column("tricks", "points")["memory"]) == (
-        "0.0",
-        "",
-    )
+    broken = [line["state"] for line in lines if line["student"] == "broken"]
+    assert "a.ipynb is no submission" in broken[0] and broken[1:] == ["not handed in"]
+    tricks = column("tricks", "points")
+    assert (tricks["fixed"], tricks["memory"]) == ("0.0", "")
     assert column("tricks", "state")["memory"].endswith("reported 0 times instead of 2")
     cells = nbformat.read(course / "autograded/right/05_amc/05_amc.ipynb", 4).cells
     (spied,) = [cell for cell in cells if cell.id == "ex-amc-fixed-answer"]

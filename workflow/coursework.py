@@ -45,8 +45,12 @@ WRITTEN = "written.json"
 WRITE_HERE = "YOUR ANSWER HERE"
 # What nbgrader's formgrader looks for in the folder in which JupyterLab is started.
 CONFIG = """\
+import os
+import sys
 from pathlib import Path
 
+# nbgrader calls alembic by name.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 c = get_config()
 c.CourseDirectory.root = str(Path(__file__).resolve().parent)
 c.CourseDirectory.course_id = "amortised"
