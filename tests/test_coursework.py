@@ -190,10 +190,10 @@ def test_the_first_cell_says_that_the_copy_is_small():
 
 def test_the_first_cell_fetches_the_library_in_colab_alone(monkeypatch):
     address = "https://example.org/book"
-    with pytest.raises(ImportError, match=f"pip install git.{address}"):
+    with pytest.raises(ImportError, match=f"git clone {address} book && pip install -e book"):
         start(monkeypatch, address, colab=False)
     for colab in (False, True):
-        with pytest.raises(ImportError, match="in a clone of its repository, pip install"):
+        with pytest.raises(ImportError, match="in a clone of its repository, pip install -e"):
             start(monkeypatch, "", colab)
     (fetch,) = start(monkeypatch, address, colab=True)
     assert [part.split()[:2] for part in fetch.split("&&")] == [
@@ -571,6 +571,12 @@ def test_notebooks_set_aside_and_cells_that_are_missing_are_in_the_table(
     first, *others = grade.grade_one(course, one, [], {})
     assert first.notes == f"{one.said}; bootstrap was missing"
     assert first.state == "not graded: its kernel died" and not any(line.notes for line in others)
+
+
+def test_page_names_all_places_that_know_a_chapter():
+    page = (ROOT / "book" / "teaching.md").read_text()
+    told = re.search(r"^To take it out of the site, .*$", page, re.MULTILINE)[0]
+    assert {f"`{name}`" for name in new_chapter.REGISTERS} <= set(re.findall(r"`[^`]+`", told))
 
 
 def test_states_of_the_table_are_those_that_the_page_names():

@@ -228,12 +228,12 @@ def cleared(code: str) -> str:
 
 FETCH = """\
     if "google.colab" not in sys.modules:
-        raise ImportError("get the book's library: pip install git+{0}")
+        raise ImportError("get the book's library: git clone {0} book && pip install -e book")
     get_ipython().system("git init -q . && git pull -q {0} && pip install -q .")
     if _exit_code:  # of the commands
         raise ImportError("the book's library was not fetched: see the messages above")"""
 ADVISE = """\
-    raise ImportError("get the book's library: in a clone of its repository, pip install .")"""
+    raise ImportError("get the book's library: in a clone of its repository, pip install -e .")"""
 
 
 def bootstrap(address: str) -> str:
