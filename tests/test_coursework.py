@@ -520,7 +520,7 @@ def test_of_several_notebooks_the_one_that_was_worked_on_is_graded(course, given
     files = {"old.ipynb": half, "sub/final.ipynb": answered, "05_amc.ipynb": blank}
     (found,) = grade.handed_in(course, class_of(tmp_path, ann=files))
     assert found[:2] == ("ann", "05_amc") and found.notebook == answered
-    assert found.said == "graded was final.ipynb, set aside was 05_amc.ipynb, old.ipynb"
+    assert found.said == "graded was sub/final.ipynb, set aside was 05_amc.ipynb, old.ipynb"
 
 
 def test_an_answer_in_a_cell_of_ones_own_is_work(given):
@@ -669,6 +669,19 @@ def hand_in_all_kinds(course, class_, given):
     hand_in("tricks", ("ex-amc-fixed", scores), ("ex-amc-memory", silent))
     (class_ / "broken").mkdir()
     (class_ / "broken" / "a.ipynb").write_text("{")
+
+
+def test_history_cannot_be_read_in_the_jail(tmp_path):
+    show = ["git", "-C", str(ROOT), "show", "HEAD:tests/hidden_tests/05_amc.md"]
+
+    def seen(hidden):
+        jail = grade.jail(str(tmp_path), hidden)
+        done = subprocess.run([*jail, *show], capture_output=True, text=True)
+        return "ex-amc-memory" in done.stdout
+
+    if not grade.jail(str(tmp_path), []) or not seen([ROOT / "tests"]):
+        pytest.skip("no jail, or no history to read")
+    assert not seen([ROOT / "tests", *grade.history(ROOT)])
 
 
 def test_long_tests_install_nbgrader_and_grade():

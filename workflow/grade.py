@@ -346,14 +346,14 @@ def of_student(course: Course, folder: Path) -> Iterator[Submission]:
     found: dict[str, list] = {}
     paths = [p for p in folder.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
     for path in sorted(paths):
+        name = path.relative_to(folder).as_posix()
         try:
             chapter, notebook = assigned(course, path)
-            rank = (worked_on(course.release(chapter), notebook), path.stat().st_mtime, path.name)
+            rank = (worked_on(course.release(chapter), notebook), path.stat().st_mtime, name)
             found.setdefault(chapter, []).append((rank, notebook))
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            said = f"{path.name} is no submission: {reason}"
-            yield Submission(folder.name, path.name, None, said)
+            yield Submission(folder.name, name, None, f"{name} is no submission: {reason}")
     if not paths:
         yield Submission(folder.name, "", None, "the folder holds no notebook")
     for chapter, several in sorted(found.items()):
