@@ -205,7 +205,9 @@ def test_the_first_cell_fetches_the_library_in_colab_alone(monkeypatch):
         start(monkeypatch, address, colab=True, exit_code=1)
 
 
-def test_a_source_that_a_lecturer_changed_is_not_overwritten(tmp_path, capfd):
+def test_a_source_that_a_lecturer_changed_is_not_overwritten(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(Book, "read", lambda: BOOK)  # it is read once for all writing
+
     def write(*stems):
         coursework.write(tmp_path, stems, [])
 
