@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from amortised import experiments, recipes, results, targets
-from amortised.recipes import Run
+from amortised.hvae import Path
+from amortised.recipes import Run, chain_bounds
 from amortised.studies import PathVaeOptions, load_studies
 
 STUDIES = load_studies()
@@ -114,6 +115,17 @@ def test_the_exact_row_of_a_ring_learns_and_all_rows_have_the_same_data():
     assert exact.details["squared_error_alpha"] < 0.1 > exact.details["squared_error_beta"]
     assert exact.per_image["loss"].mean().abs() < 0.1
     assert still.per_image["loss"].mean() > 50 * exact.per_image["loss"].mean()
+
+
+def test_a_path_whose_weights_are_beyond_the_numbers_has_diverged():
+    def wild(model, q, x, num_samples):
+        weights = 1e25 * torch.randn(num_samples, len(x))
+        z = q.sample((num_samples,))
+        return Path(weights, z, torch.zeros_like(weights), torch.zeros(0, num_samples, len(x)))
+
+    encoder, x = targets.FreeGaussian(torch.zeros(1, 2)), torch.zeros(4, 1)
+    with pytest.raises(FloatingPointError, match=r"diverged: log-weights as large as \de\+25"):
+        chain_bounds._judged(wild, targets.Ring(2), encoder, x, torch.zeros(4), num_samples=20)
 
 
 def test_options_that_do_not_go_together_are_refused():

@@ -1,7 +1,13 @@
 """Tables of a study: pooled means against hand-computed ones, files found, gaps named."""
 
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 
 from amortised import results, tables
 from amortised.results import ResultError
@@ -126,3 +132,22 @@ def test_a_table_takes_columns_that_are_given(root):
     table = tables.metric_table(study, LABELS, {"LL": "ll"}, 1, with_seeds=False, given=given)
     assert table.splitlines()[2] == "| VAE | -4.0 ± 1.0 | -3.0 |"
     assert table.splitlines()[4] == "| AVB | – | – |"
+
+
+def test_a_page_fails_when_a_number_that_it_prints_has_changed(root):
+    """As in a chapter: a table of recorded results, whose print nbval compares."""
+    cell = nbformat.v4.new_code_cell(
+        "# NBVAL_CHECK_OUTPUT\nfrom amortised import tables\n"
+        f'tables.study_table("amc_table1", {LABELS!r}, "ll", scales=["laptop"], root={str(root)!r})'
+    )
+    page = root / "page.ipynb"
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    NotebookClient(notebook, kernel_name="python3").execute()
+    nbformat.write(notebook, page)
+    options = "-q -o addopts= -p no:cacheprovider --nbval-lax --nbval-current-env".split()
+    options += ["--nbval-sanitize-with", Path(__file__).with_name("nbval_sanitize.cfg"), page]
+    run = [sys.executable, "-m", "pytest", *options]
+    assert subprocess.run(run, capture_output=True, cwd=root).returncode == 0
+    save(root, "vae", 0, ll=[-4.0, -6.25], ess=[10.0, 30.0])
+    changed = subprocess.run(run, capture_output=True, text=True, cwd=root)
+    assert changed.returncode == 1 and "mismatch" in changed.stdout

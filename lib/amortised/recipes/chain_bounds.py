@@ -244,18 +244,22 @@ def _judged(
     path_fn: Callable[..., Paths], model: nn.Module, encoder: nn.Module, x: Tensor,
     log_evidence: Tensor, num_samples: int
 ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
-    """What new paths say of a bound, and where they end; a hundred paths at a time."""
-    parts = torch.arange(num_samples).split(100)
-    paths = [path_fn(model, encoder(x), x, len(part)) for part in parts]
+    """What new paths say of a bound, and where they end; a hundred paths at a time.
+
+    :raises FloatingPointError: when a path's weights are beyond the numbers.
+    """
+    sizes = map(len, torch.arange(num_samples).split(100))
+    paths = [path_fn(model, encoder(x), x, size) for size in sizes]
     log_weights = torch.cat([path.log_weights for path in paths])
     values = {
         "gap": log_evidence - log_weights.mean(0),
         "half_variance": 0.5 * log_weights.var(0),
         "importance_weighted_gap": log_evidence - log_mean_exp(log_weights, dim=0),
     }
+    if not values["half_variance"].isfinite().all():
+        raise FloatingPointError(f"diverged: log-weights as large as {log_weights.abs().max():.1g}")
     if len(paths[0].acceptance):
-        rates = torch.cat([path.acceptance for path in paths], 1)
-        values["acceptance"] = rates.mean((0, 1))
+        values["acceptance"] = torch.cat([path.acceptance for path in paths], 1).mean((0, 1))
     return values, torch.cat([path.z for path in paths])
 
 
@@ -284,9 +288,8 @@ def evaluate_ring(run: Run) -> Outcome:
     log_evidence = model.requires_grad_(False).log_evidence(judged)
     values, _ = _judged(path_fn, model, encoder, judged, log_evidence, config["num_samples"])
     values["loss"] = truth.log_evidence(judged) - log_evidence
-    errors = {
-        name: (getattr(model, name).exp() - getattr(truth, name).exp()).item()
-        for name in ("log_alpha", "log_beta")
-    }
-    squares = {f"squared_error_{name[4:]}": error**2 for name, error in errors.items()}
+    squares = {}
+    for name in ("log_alpha", "log_beta"):
+        error = getattr(model, name).exp() - getattr(truth, name).exp()
+        squares[f"squared_error_{name[4:]}"] = error.square().item()
     return Outcome(values, {"fit": time.monotonic() - started}, squares)
