@@ -62,8 +62,9 @@ notebooks: environment ## write their outputs into the committed pairs; NB=01_vi
 		mv notebooks/.$$name.new notebooks/$$name.ipynb && echo "updated notebooks/$$name.ipynb"; }; \
 	done
 
-soak: environment ## kill 200 processes at random moments and compare what they leave, in minutes
-	@$(PYTEST) --quiet -m soak tests/test_runs.py tests/test_training.py
+soak: environment ## kill 200 processes and compare what they leave; grade submissions of all kinds
+	@$(BIN)/python workflow/environment.py lab
+	@$(PYTEST) --quiet -m soak tests/test_runs.py tests/test_training.py tests/test_coursework.py
 
 smoke: environment ## execute the chapters with params/*.smoke.yaml, into book/_build/smoke
 	@$(SNAKEMAKE) smoke

@@ -142,15 +142,15 @@ def test_times_in_words(seconds, words):
     assert execution_table.in_words(seconds) == words
 
 
-def test_heads_and_readme_tell_the_times_that_were_noted():
-    seconds = json.loads((ROOT / "workflow" / "times.json").read_text(encoding="utf-8"))["seconds"]
-    chapters = {path.stem: path for path in (ROOT / "notebooks").glob("[0-9]*.py")}
+def test_heads_and_readme_tell_the_times_that_were_noted(root=ROOT):
+    seconds = json.loads((root / "workflow" / "times.json").read_text(encoding="utf-8"))["seconds"]
+    chapters = {path.stem: path for path in (root / "notebooks").glob("[0-9]*.py")}
     assert seconds.keys() == chapters.keys(), "note them with `make times`"
     for name, path in chapters.items():
         head = path.read_text(encoding="utf-8")[:2000].lower()
         assert f"about {execution_table.in_words(seconds[name])} on one core" in head, name
     row = f"| `make book` | {execution_table.in_short(seconds)} |"
-    assert row in (ROOT / "README.md").read_text(encoding="utf-8"), row
+    assert row in (root / "README.md").read_text(encoding="utf-8"), row
 
 
 def test_new_times_change_what_is_told(tmp_path, monkeypatch):

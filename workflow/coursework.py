@@ -13,6 +13,7 @@ at the parameters of the smoke size, in nbgrader's metadata and in plain Markdow
 
 import ast
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from environment import ROOT
 from execute import clean, read_chapter, write_text
 from plain import Page, page_titles, targets
 
-from amortised.commands import Parser
+from amortised.commands import Parser, stop
 
 HIDDEN = ROOT / "tests" / "hidden_tests"
 PIECE = re.compile(
@@ -40,11 +41,16 @@ HEAD = re.compile(
 )
 FILED = re.compile(r"^## (\S+)\n(.*?)```python\n(.*?)```", re.DOTALL | re.MULTILINE)
 STUB = ["# YOUR CODE HERE", "raise NotImplementedError()"]
+WRITTEN = "written.json"
 WRITE_HERE = "YOUR ANSWER HERE"
 # What nbgrader's formgrader looks for in the folder in which JupyterLab is started.
 CONFIG = """\
+import os
+import sys
 from pathlib import Path
 
+# nbgrader calls alembic by name.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 c = get_config()
 c.CourseDirectory.root = str(Path(__file__).resolve().parent)
 c.CourseDirectory.course_id = "amortised"
@@ -220,18 +226,28 @@ def cleared(code: str) -> str:
     return re.sub(r"^( *)### BEGIN SOLUTION\n.*?### END SOLUTION$", stub, code, flags=re.M | re.S)
 
 
+FETCH = """\
+    if "google.colab" not in sys.modules:
+        raise ImportError("get the book's library: git clone {0} book && pip install -e book")
+    get_ipython().system("git init -q . && git pull -q {0} && pip install -q .")
+    if _exit_code:  # of the commands
+        raise ImportError("the book's library was not fetched: see the messages above")"""
+ADVISE = """\
+    raise ImportError("get the book's library: in a clone of its repository, pip install -e .")"""
+
+
 def bootstrap(address: str) -> str:
-    where = f"!git init -q . && git pull -q {address} && pip install -q ." if address else ""
-    advice = where or "install it from a clone of the book's repository: pip install ."
-    fetch = f'get_ipython().system("{where[1:]}")' if where else f'raise ImportError("{advice}")'
     return f"""\
 # Run this cell first: it finds the book's library or, in Colab, fetches it.
+# This copy runs at a small size: numbers that the text quotes are those of the
+# book's page, not of your run.
 import importlib.util
 import os
+import sys
 
 os.environ.setdefault("NBGRADER_EXECUTION", "student")  # checks do not tell the answer
 if importlib.util.find_spec("amortised") is None:
-    {fetch}"""
+{FETCH.format(address) if address else ADVISE}"""
 
 
 def baked(source: str, values: dict) -> str:
@@ -350,6 +366,28 @@ class Book(NamedTuple):
         return "\n\n".join(text) + "\n"
 
 
+def fingerprint(notebook: nbformat.NotebookNode) -> str:
+    """A digest of what a lecturer changes, cells and their points, and not of what a run leaves."""
+    cells = [(c.cell_type, c.source, c.metadata.get("nbgrader")) for c in notebook.cells]
+    return digest(json.dumps(cells, sort_keys=True))
+
+
+def written(folder: Path) -> dict[str, str]:
+    """The fingerprints of the notebooks in ``source`` as they were written last."""
+    path = folder / WRITTEN
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def keep_changes(folder: Path, stems: Iterable[str]) -> None:
+    """Stop, before anything is written, where a lecturer's own work would be lost."""
+    known = written(folder)
+    for stem in stems:
+        path = folder / "source" / stem / f"{stem}.ipynb"
+        if path.is_file() and fingerprint(nbformat.read(path, 4)) != known.get(stem):
+            reason = f"{path} was changed since it was written: move it away for a new one"
+            raise SystemExit(stop(reason, 2))
+
+
 def unique(cells: list[nbformat.NotebookNode]) -> None:
     """Number cells of equal text: two ids of a notebook may not be equal."""
     seen: dict[str, int] = {}
@@ -368,9 +406,11 @@ def write(folder: Path, stems: Iterable[str], hidden: list[Path]) -> None:
             raise SystemExit(
                 f"there is no folder {overlay}: HIDDEN names one with NN_slug.md files"
             )
+    stems = list(stems) or list(book.notebooks)
+    keep_changes(folder, stems)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "nbgrader_config.py", CONFIG)
-    for stem in stems or book.notebooks:
+    for stem in stems:
         tests = hidden_tests(stem, [HIDDEN, *hidden])
         if unknown := set(tests) - set(exercises(book.notebooks[stem])):
             raise SystemExit(f"hidden tests of {stem} name no exercise of it: {sorted(unknown)}")
@@ -379,6 +419,9 @@ def write(folder: Path, stems: Iterable[str], hidden: list[Path]) -> None:
             path = folder / kind / stem / f"{stem}.ipynb"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, nbformat.writes(notebook) + "\n")
+            if kind == "source":
+                known = written(folder) | {stem: fingerprint(notebook)}
+                write_text(folder / WRITTEN, json.dumps(known, indent=2) + "\n")
         (folder / "answers").mkdir(exist_ok=True)
         write_text(folder / "answers" / f"{stem}.md", book.key(stem))
         print(f"{stem:<24} {folder / 'release' / stem}")

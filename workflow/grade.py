@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +33,11 @@ from rebuild import likeness, plain, rebuild
 
 from amortised.commands import Parser
 
+TABLE = "grades.csv"
 REFERENCE = "the-reference-answers"  # the student who hands in the solutions
-CELL_SECONDS, NOTEBOOK_SECONDS = 60, 240
+# What one cell and one notebook may take, in seconds; tests shorten it.
+CELL_SECONDS, NOTEBOOK_SECONDS = map(int, os.environ.get("GRADE_SECONDS", "60 240").split())
+STOPPED = ("CellTimeoutError", "KeyboardInterrupt")
 TICK = re.compile("^✓", re.MULTILINE)
 # The repository cannot be written to, folders named in HIDE are empty, and capabilities are gone,
 # so that nothing of this can be undone. prlimit bounds files (200 MB) and processor time.
@@ -58,10 +61,21 @@ class Line(NamedTuple):
     #: empty where nothing is known yet
     points: float | str
     of: float
-    #: ``graded``, ``blank``, ``pending`` or ``not graded: reason``
+    #: ``graded``, ``blank``, ``pending``, ``not handed in`` or ``not graded: reason``
     state: str
-    #: what the grader should know: cells set back, answers found twice
+    #: what the grader should know: cells set back, answers found twice, notebooks set aside
     notes: str
+
+
+class Submission(NamedTuple):
+    """A notebook that a student handed in, or what was found instead."""
+
+    student: str
+    #: the chapter it belongs to, or the name of a file that is no submission
+    chapter: str
+    notebook: nbformat.NotebookNode | None
+    #: what is wrong with the file, or which notebooks were set aside for this one
+    said: str
 
 
 class Course(NamedTuple):
@@ -103,6 +117,16 @@ def read(path: Path) -> nbformat.NotebookNode:
 
 
 # --- one notebook, in a process of its own -------------------------------------------------------
+
+
+def history(root: Path) -> list[Path]:
+    """Git's folders, in which all tests are: in a worktree ``.git`` is a file that names them."""
+    git = root / ".git"
+    if not git.is_file():
+        return [git]
+    own = root / git.read_text().removeprefix("gitdir:").strip()
+    common = own / "commondir"
+    return [(own / common.read_text().strip()).resolve()] if common.is_file() else [own]
 
 
 def jail(scratch: str, hidden: list[Path]) -> list[str]:
@@ -171,8 +195,8 @@ def run_one(course: Course, student: str, chapter: str, hidden: list[Path]) -> s
         return "its kernel died: os._exit, a signal, or too little memory"
     if "CellTimeoutError" in printed:
         return f"a cell ran longer than {CELL_SECONDS} s and would not be interrupted"
-    errors = re.findall(r"^ *((?:\w+\.)*\w*(?:Error|Exception|Entry)\b.*)$", printed, re.MULTILINE)
-    return f"nbgrader failed: {errors[-1] if errors else ' '.join(printed.split())[-200:]}"
+    named = re.findall(r"^ *((?:\w+\.)*\w*(?:Error|Exception|Entry)\b.*)$", printed, re.MULTILINE)
+    return f"nbgrader failed: {named[-1] if named else ' '.join(printed.split())[-200:]}"
 
 
 # --- marks ---------------------------------------------------------------------------------------
@@ -183,28 +207,53 @@ def ticks(cell: nbformat.NotebookNode) -> int:
     return sum(len(TICK.findall(text)) for text in texts)
 
 
-def verdict(cell: nbformat.NotebookNode, reports: int) -> tuple[bool | None, str]:
-    """Whether a check has passed, and the state of its line. Only errors count against it."""
-    if cell.execution_count is None and not cell.outputs:
+def errors(cells: Iterable[nbformat.NotebookNode]) -> list[str]:
+    """The names of the errors in which cells ended."""
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return [output.ename for output in outputs if output.output_type == "error"]
+
+
+def verdict(before: list[nbformat.NotebookNode], reports: int) -> tuple[bool | None, str]:
+    """Whether a check has passed, and the state of its line. Only errors count against it.
+
+    The check is the last of the cells, which begin behind the check before it. Where one of them
+    was stopped, an error says nothing about the answer.
+    """
+    check = before[-1]
+    if errors([check]) or ticks(check) != reports:
+        if set(errors(before)) & set(STOPPED):
+            return None, f"not graded: a cell was stopped after {CELL_SECONDS} s"
+    if check.execution_count is None and not check.outputs:
         return None, "not graded: the check was never run"
-    if any(output.output_type == "error" for output in cell.outputs):
+    if errors([check]):
         return False, "graded"
-    if ticks(cell) != reports:
-        return None, f"not graded: the check reported {ticks(cell)} times instead of {reports}"
+    if ticks(check) != reports:
+        return None, f"not graded: the check reported {ticks(check)} times instead of {reports}"
     return True, "graded"
+
+
+def spans(cells: list[nbformat.NotebookNode]) -> dict[str, list[nbformat.NotebookNode]]:
+    """For each check the cells from the one behind the check before it up to itself."""
+    found, span = {}, []
+    for cell in cells:
+        span.append(cell)
+        if cell.id.endswith("-check"):
+            found[cell.id], span = span, []
+    return found
 
 
 def lines_of(course: Course, student: str, chapter: str, notes: list[str], reference: dict):
     """The table's lines of one autograded notebook; scores go into the gradebook as well."""
-    graded = {cell.id: cell for cell in read(course.path("autograded", student, chapter)).cells}
+    cells = read(course.path("autograded", student, chapter)).cells
+    graded, before = {cell.id: cell for cell in cells}, spans(cells)
     released = {cell.id: cell for cell in course.release(chapter).cells}
     with course.gradebook() as book:
         for grade in book.find_submission_notebook(chapter, chapter, student).grades:
             label, _, kind = grade.name.rpartition("-")
-            cell, note = graded[grade.name], "; ".join(n for n in notes if n.startswith(label))
-            blank = plain(cell.source) in ("", plain(released[grade.name].source))
+            note = "; ".join(one for one in notes if one.startswith(label))
+            blank = plain(graded[grade.name].source) in ("", plain(released[grade.name].source))
             if kind == "check":
-                passed, state = verdict(cell, reference.get(grade.name, 0))
+                passed, state = verdict(before[grade.name], reference.get(grade.name, 0))
                 grade.auto_score = grade.max_score if passed else 0.0
                 points = "" if passed is None else grade.auto_score
                 yield Line(student, chapter, label, "code", points, grade.max_score, state, note)
@@ -285,54 +334,90 @@ def assigned(course: Course, path: Path) -> tuple[str, nbformat.NotebookNode]:
     return chapter, notebook
 
 
-def handed_in(course: Course, folder: Path) -> Iterator[tuple[str, str, object]]:
-    """Student, chapter and notebook of each submission, or the file and what is wrong with it."""
-    for student in sorted(path for path in folder.iterdir() if path.is_dir()):
-        latest = {}
-        paths = [p for p in student.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
-        for path in sorted(paths, key=lambda path: (path.stat().st_mtime, path.name)):
-            try:
-                chapter, notebook = assigned(course, path)
-                latest[chapter] = notebook
-            except Exception as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                yield student.name, path.name, f"{path.name} is no submission: {reason}"
-        if not paths:
-            yield student.name, "", "the folder holds no notebook"
-        for chapter, notebook in sorted(latest.items()):
-            yield student.name, chapter, notebook
+def worked_on(release: nbformat.NotebookNode, notebook: nbformat.NotebookNode) -> bool:
+    """Whether there is an answer, or a cell of the student's own, that the release has not."""
+    given = {plain(cell.source) for cell in release.cells} | {""}
+    cells = rebuild(release, notebook).notebook.cells
+    return any(plain(cell.source) not in given for cell in cells)
+
+
+def of_student(course: Course, folder: Path) -> Iterator[Submission]:
+    """One notebook for each chapter: of several the latest in which an answer was written."""
+    found: dict[str, list] = {}
+    paths = [p for p in folder.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
+    for path in sorted(paths):
+        name = path.relative_to(folder).as_posix()
+        try:
+            chapter, notebook = assigned(course, path)
+            rank = (worked_on(course.release(chapter), notebook), path.stat().st_mtime, name)
+            found.setdefault(chapter, []).append((rank, notebook))
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            yield Submission(folder.name, name, None, f"{name} is no submission: {reason}")
+    if not paths:
+        yield Submission(folder.name, "", None, "the folder holds no notebook")
+    for chapter, several in sorted(found.items()):
+        *others, (rank, notebook) = sorted(several, key=lambda one: one[0])
+        aside = ", ".join(name for (_, _, name), _ in others)
+        note = f"graded was {rank[-1]}, set aside was {aside}" if others else ""
+        yield Submission(folder.name, chapter, notebook, note)
+
+
+def handed_in(course: Course, folder: Path) -> Iterator[Submission]:
+    """What each student handed in, and files that belong to no student."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from of_student(course, path)
+        elif path.name != TABLE and not path.name.startswith("."):
+            yield Submission("", path.name, None, "a file in no student's folder: put it into one")
+
+
+def missing(course: Course, submissions: list[Submission]) -> Iterator[Line]:
+    """A line for each chapter that others of the class handed in and a student did not."""
+    pairs = {(one.student, one.chapter) for one in submissions if one.notebook}
+    students = {one.student for one in submissions} - {""}
+    for chapter in sorted({chapter for _, chapter in pairs}):
+        marks = [cell.metadata.get("nbgrader", {}) for cell in course.release(chapter).cells]
+        of = sum(one["points"] for one in marks if one.get("grade"))
+        for student in sorted(students):
+            if (student, chapter) not in pairs:
+                yield Line(student, chapter, "", "", "", of, "not handed in", "")
+
+
+def grade_one(course: Course, one: Submission, hidden: list[Path], reference: dict) -> list[Line]:
+    if one.notebook is None:
+        return [Line(one.student, one.chapter, "", "", "", 0, f"not graded: {one.said}", "")]
+    if not re.fullmatch(r"[\w.@-]+", one.student):
+        reason = f"not graded: rename the folder {one.student!r} to letters, digits and .@-_"
+        return [Line(one.student, one.chapter, "", "", "", 0, reason, one.said)]
+    rebuilt = rebuild(course.release(one.chapter), one.notebook)
+    submit(course, one.student, one.chapter, rebuilt.notebook)
+    names = course, one.student, one.chapter
+    if reason := run_one(*names, hidden):
+        lines = list(not_graded(*names, reason))
+    else:
+        lines = list(lines_of(*names, rebuilt.notes, reference))
+    labels = tuple(line.exercise for line in lines)
+    general = [note for note in rebuilt.notes if not note.startswith(labels)]
+    notes = "; ".join(filter(None, [one.said, *general, lines[0].notes]))
+    return [lines[0]._replace(notes=notes), *lines[1:]]
 
 
 def grade(folder: Path, course: Course, hide: list[Path]) -> list[Line]:
     chapters = course.chapters
     if not chapters:
         raise SystemExit(f"there is no coursework in {course.folder}: run make coursework first")
-    hidden = [
-        *hide,
-        course.folder,
-        folder,
-        *(ROOT / name for name in ("notebooks", "tests", "book")),
-    ]
+    names = ("notebooks", "tests", "book", ".cache")
+    hidden = [*hide, course.folder, folder, *(ROOT / name for name in names), *history(ROOT)]
     with tempfile.TemporaryDirectory() as scratch:
         if not jail(scratch, hidden):
             print("This system has no jail (unshare, setpriv): the students' code runs as you do.")
     reference, table = prepare(course, chapters, hidden), []
-    for student, chapter, found in handed_in(course, folder):
-        if isinstance(found, str):
-            table.append(Line(student, chapter, "", "", "", 0, f"not graded: {found}", ""))
-        elif not re.fullmatch(r"[\w.@-]+", student):
-            reason = f"not graded: rename the folder {student!r} to letters, digits and .@-_"
-            table.append(Line(student, chapter, "", "", "", 0, reason, ""))
-        else:
-            rebuilt = rebuild(course.release(chapter), found)
-            submit(course, student, chapter, rebuilt.notebook)
-            reason = run_one(course, student, chapter, hidden)
-            if reason:
-                table += not_graded(course, student, chapter, reason)
-            else:
-                table += lines_of(course, student, chapter, rebuilt.notes, reference[chapter])
-        summary(table, student, chapter)
-    return table
+    submissions = list(handed_in(course, folder))
+    for one in submissions:
+        table += grade_one(course, one, hidden, reference.get(one.chapter, {}))
+        summary(table, one.student, one.chapter)
+    return [*table, *missing(course, submissions)]
 
 
 def summary(table: list[Line], student: str, chapter: str) -> None:
@@ -373,7 +458,7 @@ def main() -> None:
             f"there is no folder {arguments.submissions}: FOLDER holds one per student"
         )
     folder = arguments.submissions.resolve()
-    write(grade(folder, course, arguments.hide), folder / "grades.csv")
+    write(grade(folder, course, arguments.hide), folder / TABLE)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,18 @@
 Copied are the source, its parameters, and the wrong answers and hidden tests of its exercises. A
 label may exist once in a book, so all labels of the copy are renamed: ``fig-vi-model`` becomes
 ``fig-mine-model``. The copy is registered in the table of contents, on the front page and in the
-README. What is left is to write it.
+README; until `make times` notes its own time, its origin's stands for it. What is left is to write
+it.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
 
 from environment import ROOT
 from execute import read_chapter
+from execution_table import README_ROW, in_short
 from plain import heading, targets
 
 from amortised.commands import Parser
@@ -23,6 +26,7 @@ FILES = [
     "tests/wrong_answers/{}.md",
     "tests/hidden_tests/{}.md",
 ]
+REGISTERS = ["book/_toc.yml", "book/intro.md", "README.md", "workflow/times.json"]
 CARD = """\
 :::{{grid-item-card}} {number} · {title}
 :columns: 12
@@ -83,15 +87,19 @@ def make(root: Path, origin: str, stem: str) -> None:
             text = relabelled(source.read_text(), labels, infix)
             text = text.replace(f"# # {heading(notebook)}\n", f"# # {title}\n", 1)
             (root / pattern.format(stem)).write_text(text)
-    toc, intro, readme = root / "book/_toc.yml", root / "book/intro.md", root / "README.md"
+    toc, intro, readme, times = (root / name for name in REGISTERS)
     entry = f"\n      - file: chapters/{stem}"
     toc.write_text(inserted(toc.read_text(), r"^ *- file: chapters/\S+$", entry))
     number, before = int(stem[:2]), intro.read_text()
     card = CARD.format(number=number, title=title, stem=stem, origin=int(origin[:2]))
     intro.write_text(re.sub(r"^::::$", lambda _: card + "::::", before, count=1, flags=re.M))
     row = f"\n| [{number} {title}](notebooks/{stem}.ipynb) | Which question does it answer? |"
-    readme.write_text(inserted(readme.read_text(), r"^\| \[\d+ .*\]\(notebooks/.*$", row))
-    print(f"made notebooks/{stem}.py, and its lines in book/_toc.yml, book/intro.md and README.md")
+    noted = json.loads(times.read_text())
+    noted["seconds"][stem] = noted["seconds"][origin]
+    times.write_text(json.dumps(noted, indent=2) + "\n")
+    told = README_ROW.sub(in_short(noted["seconds"]), readme.read_text())
+    readme.write_text(inserted(told, r"^\| \[\d+ .*\]\(notebooks/.*$", row))
+    print(f"made notebooks/{stem}.py, and its lines in {', '.join(REGISTERS)}")
 
 
 if __name__ == "__main__":
