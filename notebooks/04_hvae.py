@@ -1471,10 +1471,9 @@ ring_dims, learned = (2, 10, 50, 300), tables.load_study("ring_learning", "lapto
 
 
 def ring_table(title, cell):
-    rows = [
-        [label, *(cell(f"{kind}_{d}") for d in ring_dims)]
-        for kind, label in ring_rows.items()
-    ]
+    rows = []
+    for kind, label in ring_rows.items():
+        rows.append([label, *(cell(f"{kind}_{d}") for d in ring_dims)])
     return markdown_table([title, *(f"d = {d}" for d in ring_dims)], rows)
 
 
@@ -1495,9 +1494,9 @@ display(ring_table("squared error", ring_error))
 ring_table("gap of the own bound", ring_metric("gap"))
 
 # %% tags=["hide-input"] mystnb={"table": {"name": "tab-hvae-learning-pairs", "caption": "Differences of the lost evidence at equal cost, in nats, paired over observations; negative favours the first. The middle column is the mean ± standard error over observations and, in parentheses, half the width of the 95 % t-interval over seeds; the last column has the mean of each seed."}}
-ring_labels = {
-    f"{k}_{d}": f"{v}, d = {d}" for k, v in ring_rows.items() for d in ring_dims
-}
+ring_labels = {}
+for kind, label in ring_rows.items():
+    ring_labels |= {f"{kind}_{d}": f"{label}, d = {d}" for d in ring_dims}
 pairs = [
     (f"{kind}_{d}", f"importance_{d}")
     for d in (2, 50, 300)
@@ -1507,10 +1506,9 @@ tables.paired_table(learned, pairs, "loss", ring_labels, 3)
 
 # %% tags=["hide-input"]
 # NBVAL_CHECK_OUTPUT
-lost = {
-    row: tables.pool([run.per_image["loss"] for run in runs]).mean
-    for row, runs in learned.items()
-}
+lost = {}
+for row, runs in learned.items():
+    lost[row] = tables.pool([run.per_image["loss"] for run in runs]).mean
 for d in ring_dims:
     kept = {kind: lost[f"{kind}_{d}"] for kind in ring_rows if kind != "exact"}
     order = sorted(kept, key=kept.get)
