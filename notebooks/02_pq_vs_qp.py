@@ -1200,7 +1200,7 @@ def wake_near(encoder, num_particles):
     return wake(encoder, x, num_particles)
 
 
-# %% mystnb={"table": {"name": "tab-pq-wake", "caption": "Standard deviation of $q(z \\mid x)$ at six observations, every seed: by moment matching, and after wake-$\\phi$ with $K$ samples, with parameters of its own for each observation (free) or with one network (shared) on observations from the model, on the same six, or on those without a tail."}}
+# %%
 woken = {}
 settings = [(kind, k) for kind in ("free", "shared") for k in (10, 50, 100)]
 settings += [("shared, the six", 10), ("shared, |x| < 11", 10)]
@@ -1211,6 +1211,7 @@ for kind, k in settings:
     woken[kind, k] = at(encoder, x_free).stddev[..., 0]  # [num_seeds, x]
 
 
+# %% tags=["hide-input"] mystnb={"table": {"name": "tab-pq-wake", "caption": "Standard deviation of $q(z \\mid x)$ at six observations, every seed: by moment matching, and after wake-$\\phi$ with $K$ samples, with parameters of its own for each observation (free) or with one network (shared) on observations from the model, on the same six, or on those without a tail."}}
 rows = [[*key, *(each(v, 1) for v in sd.T)] for key, sd in woken.items()]
 rows.insert(0, ["moment matching", None, *(f"{sd:.1f}" for sd in match.stddev)])
 titles = ["scale, each seed", "K", *(f"$x = {x:.0f}$" for x in x_free[:, 0])]
@@ -1230,6 +1231,9 @@ claim("free, K = 10: x >= 15 collapse", woken["free", 10][:, 3:].max() < 1.3)
 claim("shared, K = 10: so do x = 5, 10", woken["shared", 10][:, 1:3].max() < 1.3)
 claim("free, K = 50: x <= 15 stay within 10 %", kept("free", 50)[:4].max() < 0.1)
 claim("shared, K = 50: x >= 10 collapse", woken["shared", 50][:, 2:].max() < 1.7)
+
+# %% tags=["hide-input"]
+# NBVAL_CHECK_OUTPUT
 same = woken["shared, the six", 10][:, 1:3].max()
 claim("shared, on the same six: x = 5, 10 collapse, too", same < 1.3)
 kept_near = kept("shared, |x| < 11", 10)[:3].max()
