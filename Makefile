@@ -26,8 +26,10 @@ NB ?= $(CHAPTERS)
 # $(call among,NAME,CHOICES) stops unless the value of NAME is one or several of the choices.
 among = $(if $(strip $($(1))),,$(error $(1) is empty; choose among: $(2)))$(foreach \
 	value,$($(1)),$(if $(filter-out $(2),$(value)),$(error $(1)=$(value) is none of: $(2))))
+$(call among,PROFILE,$(notdir $(wildcard workflow/profiles/*)))
 
 unexport PYTHONPATH PYTHONHOME
+export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
 .PHONY: help book test soak site chapters notebooks smoke laptop full lab coursework grade chapter \
 	bench lock clean environment pdf slides times

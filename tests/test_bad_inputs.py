@@ -571,6 +571,13 @@ def test_studies_name_what_is_wrong(tmp_path, case):
     check(Bad(path, partial(studies.load_studies, file), STUDIES[case] or "'Bad Name'"))
 
 
+@pytest.mark.parametrize("part", ["rows", "scales"])
+def test_a_study_of_nothing_is_refused(tmp_path, part):
+    file = tmp_path / "studies.yaml"
+    file.write_text(yaml.safe_dump(changed({f"small/{part}": {}})), encoding="utf-8")
+    check(Bad(part, partial(studies.load_studies, file), f"{part} = {{}}"))
+
+
 TEXTS = {
     "": "top level = None",
     "[]": "top level = []",
@@ -590,7 +597,8 @@ TEXTS = {
     # Forty lines, each twice the one before it: 2 ** 40 values when it is unfolded.
     "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 41)): "a40",
     1500 * "- ": "nested too deeply, or in itself",
-    "studies: {a: %s}" % (5000 * "9"): "digits",
+    "studies: {}": "studies = {}",
+    "studies: {a: %s}" % (5000 * "9"): "studies.yaml is not YAML: Exceeds the limit",
 }  # fmt: skip
 
 

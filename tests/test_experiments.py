@@ -421,6 +421,7 @@ def test_runs_are_prepared_here_made_elsewhere_and_recorded_here(made, tmp_path,
     ("name", "old", "new", "message"),
     [
         ("per_image.stage", b"", None, r"per_image\.stage is damaged"),
+        ("per_image.stage", None, None, "has no values per image"),
         ("decoder.safetensors", b"", None, r"decoder\.safetensors is damaged"),
         ("result.json", b'"epochs": 4', b'"epochs": 5', "config_hash is not that of config"),
         ("result.json", b'"mean": -', b'"mean": -1', "states .* its per-image values give"),
@@ -438,7 +439,9 @@ def test_what_is_damaged_is_not_recorded(made, tmp_path, name, old, new, message
     shutil.rmtree(tmp_path / "data")
     path = root.run() / name
     content = path.read_bytes()
-    path.write_bytes(content[:-9] if new is None else content.replace(old, new, 1))
+    path.unlink()
+    if old is not None:
+        path.write_bytes(content[:-9] if new is None else content.replace(old, new, 1))
     with pytest.raises((DamagedFileError, FormatError, results.ResultError), match=message):
         experiments.record(*root.experiments(seed=0), tmp_path)
     assert not list(tmp_path.glob("data/results/*/*.json"))

@@ -564,3 +564,21 @@ def test_parallel_perceptrons_refuse_sizes_that_make_no_network():
         ParallelPerceptrons(0, 2, 3)
     with pytest.raises(ValueError, match=r"sizes\[1\] must be an integer, at least 1; got 0"):
         ParallelPerceptrons(3, 2, 0, 3)
+
+
+@pytest.mark.parametrize("num_zero", [1, 4])
+def test_draws_that_the_model_excludes_teach_wake_phi_nothing(num_zero):
+    class Excluding(LinearGaussian):
+        def log_joint(self, x, z):
+            excluded = (torch.arange(len(z)) < num_zero)[:, None]
+            return super().log_joint(x, z).masked_fill(excluded, -torch.inf)
+
+    model, x = Excluding(torch.ones(1, 1), torch.zeros(1), 1.0), torch.full((1, 1), 1.5)
+    q = Independent(Normal(torch.full((1, 1), 0.2), 1.0), 1)
+    torch.manual_seed(5)
+    loss = wake_phi_loss(model, q, x, 4)
+    torch.manual_seed(5)
+    z = q.sample((4,))[num_zero:]
+    weights = (-0.5 * (1.5 - z).square() - 0.5 * z.square() + 0.5 * (z - 0.2).square()).softmax(0)
+    expected = -(weights[..., 0] * Normal(0.2, 1.0).log_prob(z)[..., 0]).sum(0)
+    torch.testing.assert_close(loss.detach(), expected)

@@ -301,6 +301,8 @@ WRONG = {
     ("notebooks", "NB="): "NB is empty; choose among: 01_vi_recap 02_pq_vs_qp",
     ("chapters", "SIZE=smoek"): "SIZE=smoek is none of: smoke full",
     ("chapters", "SIZE="): "SIZE is empty; choose among: smoke full",
+    ("book", "PROFILE=locla"): "PROFILE=locla is none of: local slurm",
+    ("book", "PROFILE=local; touch BAD"): "PROFILE=local; is none of: local slurm",
     ("laptop", "STUDY=a b"): "there is no run with study 'a b'; choices: ",
     ("laptop", "STUDY="): "there is no run with study ''; choices: ",
     ("laptop", "STUDY=`touch BAD`"): "there is no run with study '`touch BAD`'; choices: ",
@@ -440,6 +442,13 @@ def test_a_chapter_is_executed_alike_whatever_surrounds_it(tmp_path):
     printed = nbformat.read(out, 4).cells[-1].outputs[0].text
     assert printed == f"{sys.prefix} é✓\n"
     assert not any(path.exists() for path in stale) and not list(long.iterdir())
+    tables = [tmp_path / "times.md", tmp_path / "exercises.md"]
+    subprocess.run(
+        [sys.executable, ROOT / "workflow/exercise_table.py", *tables],
+        env=os.environ | surroundings,
+        check=True,
+    )
+    assert all(table.read_text(encoding="utf-8").count("\n") > 6 for table in tables)
 
 
 def test_text_from_data_is_shown_and_not_obeyed(tmp_path, monkeypatch):

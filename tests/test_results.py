@@ -386,6 +386,9 @@ def test_failed_and_scalar_results(tmp_path):
     assert not path.with_suffix(".safetensors").exists()
     scalar = make_record(metrics={"label_entropy": {"mean": 0.4, "se": None, "n": 1}})
     assert results.load_result(results.save_result(tmp_path, scalar)).per_image == {}
+    invented = make_record()  # its metrics are means of values that are not given
+    with pytest.raises(ResultError, match="'elbo' has no values per image"):
+        results.save_result(tmp_path, invented)
     # A later run with per-image values and back again leaves no stray file.
     results.save_result(tmp_path, make_record(), PER_IMAGE)
     results.save_result(tmp_path, failed)
@@ -623,7 +626,7 @@ def test_one_bit_of_a_sealed_file_is_enough_to_refuse_it(tmp_path):
         ('"seed": 0', '"seed": 1, "seed": 0'),  # a key twice, of which JSON keeps the last
         ('"wall_seconds": 2.0', '"wall_seconds": 1.0'),
         ('"commit": null', '"commit": "%s"' % (40 * "0")),
-        ('"metrics": {', '"metrics": {"hais": {"mean": -80.0, "se": 0.1, "n": 3}, '),
+        ('"metrics": {', '"metrics": {"hais": {"mean": -80.0, "se": null, "n": 1}, '),
         ('"details": {}', '"details": {"acceptance": NaN}'),
         ("\n", "\r\n"),
     ],
@@ -635,6 +638,13 @@ def test_an_edited_result_is_refused(tmp_path, old, new):
     text = path.read_bytes().decode()
     assert old in text
     path.write_bytes(text.replace(old, new).encode())
+    with pytest.raises(ResultError, match="its digest is not that of its content"):
+        results.load_result(path)
+
+
+def test_a_result_without_a_seal_is_refused(tmp_path):
+    path = results.save_result(tmp_path, make_record(), PER_IMAGE)
+    path.write_text(re.sub(r'  "sha256": "\w+",\n', "", path.read_text()))
     with pytest.raises(ResultError, match="its digest is not that of its content"):
         results.load_result(path)
 
@@ -656,10 +666,20 @@ def test_weights_from_before_there_were_seals_are_vouched_for_by_a_file_beside_t
     described = json.dumps({"architecture": {"class": "A"}, "details": {}})
     content = save({"weight": torch.ones(3)}, metadata={"amortised": described})
     path.write_bytes(content)
-    (tmp_path / "a.safetensors.sha256").write_text(hashlib.sha256(content).hexdigest() + "\n")
+    beside, digest = tmp_path / "a.safetensors.sha256", hashlib.sha256(content).hexdigest()
+    beside.write_text(f"{digest}  a.safetensors\n")
     assert results.read_weights(path)[1] == {"class": "A"}
+    refused = r"it has no seal, and \w\.safetensors\.sha256 does not vouch for it"
+    for name, text in (("a", f"{digest}  b.safetensors"), ("a", digest), ("b", None)):
+        path.replace(path := tmp_path / f"{name}.safetensors")
+        if text is not None:
+            beside.write_text(text)
+        with pytest.raises(ResultError, match=refused):
+            results.read_weights(path)
+    path.replace(path := tmp_path / "a.safetensors")
+    beside.write_text(f"{digest}  a.safetensors\n")
     path.write_bytes(content[:-1] + b"\0")
-    with pytest.raises(ResultError, match=r"its digest is not that of a\.safetensors\.sha256"):
+    with pytest.raises(ResultError, match=refused):
         results.read_weights(path)
 
 

@@ -156,7 +156,7 @@ def without_solutions(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def filed(path: Path) -> dict[str, str]:
     """Pieces of code by the label of their exercise, in a file of ``## label`` and code."""
-    found = FILED.finditer(path.read_text()) if path.is_file() else []
+    found = FILED.finditer(path.read_text(encoding="utf-8")) if path.is_file() else []
     return {one[1]: one[3] for one in found}
 
 
@@ -325,7 +325,7 @@ class Book(NamedTuple):
 
     @classmethod
     def read(cls) -> "Book":
-        config = yaml.safe_load((ROOT / "book" / "_config.yml").read_text())
+        config = yaml.safe_load((ROOT / "book" / "_config.yml").read_text(encoding="utf-8"))
         paths = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
         notebooks = {path.stem: read_chapter(path) for path in paths}
         labels = {k: v for stem, one in notebooks.items() for k, v in targets(stem, one).items()}
@@ -336,7 +336,7 @@ class Book(NamedTuple):
     def assignment(self, stem: str, solved: bool, hidden: dict[str, str]):
         """One chapter as an assignment, solved for the instructor or not for the students."""
         smoke = ROOT / "notebooks" / "params" / f"{stem}.smoke.yaml"
-        values = yaml.safe_load(smoke.read_text()) or {}
+        values = yaml.safe_load(smoke.read_text(encoding="utf-8")) or {}
         self.page.cited.clear()
         cells = [make("code", bootstrap(self.address), "bootstrap", locked=True)]
         for part in parts(self.notebooks[stem]):
@@ -354,7 +354,7 @@ class Book(NamedTuple):
         """The answer key of a chapter, in Markdown."""
         text = [f"# Answers: {self.page.titles[f'chapters/{stem}']}"]
         path = ROOT / "tests" / "wrong_answers" / f"{stem}.md"
-        found = FILED.finditer(path.read_text()) if path.is_file() else []
+        found = FILED.finditer(path.read_text(encoding="utf-8")) if path.is_file() else []
         mistakes = {one[1]: (one[2].strip(), one[3]) for one in found}
         for one in exercises(self.notebooks[stem]).values():
             number = self.page.targets[one.label].number
@@ -375,7 +375,7 @@ def fingerprint(notebook: nbformat.NotebookNode) -> str:
 def written(folder: Path) -> dict[str, str]:
     """The fingerprints of the notebooks in ``source`` as they were written last."""
     path = folder / WRITTEN
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def keep_changes(folder: Path, stems: Iterable[str]) -> None:

@@ -96,7 +96,7 @@ def lab_state() -> str:
 
 
 def lab_is_complete() -> bool:
-    return LAB_STAMP.exists() and LAB_STAMP.read_text() == lab_state()
+    return LAB_STAMP.exists() and LAB_STAMP.read_text(encoding="utf-8") == lab_state()
 
 
 if __name__ == "__main__":

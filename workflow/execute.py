@@ -11,6 +11,7 @@ it is complete, free of times and paths, so that two runs on one machine are equ
 cell fails, its error is printed and the notebook up to there is kept in .cache/failed.
 """
 
+import glob
 import json
 import keyword
 import os
@@ -171,8 +172,9 @@ def main(arguments: list[str] | None = None) -> int:
     # A build that was killed may have left an execution of this chapter behind: let it end first.
     lock = CACHE / "locks" / re.sub(r"\W+", "-", str(output))
     with hold(lock, f"executing {source.stem}"):
-        for stale in output.parent.glob(f".{output.name}.[0-9]*"):  # likewise
-            stale.unlink()
+        for path in filter(None, (output, options.timing)):  # likewise
+            for stale in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*"):
+                stale.unlink()
         started = time.monotonic()
         try:
             notebook = execute(source, parameters, failed)

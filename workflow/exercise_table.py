@@ -46,4 +46,4 @@ def exercise_table(book: Book) -> str:
 if __name__ == "__main__":
     book = Book.read()
     for path, table in zip(sys.argv[1:], (chapter_table, exercise_table), strict=True):
-        Path(path).write_text(table(book))
+        Path(path).write_text(table(book), encoding="utf-8")

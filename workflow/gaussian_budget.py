@@ -153,7 +153,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path = data.data_folder().joinpath(arguments.to)
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for row in arguments.rows or ROWS:
         started, clock = time.time(), time.process_time()
         fit = fitted(*ROWS[row], arguments.updates)
@@ -162,7 +162,7 @@ def main() -> None:
         known[row] |= {"processor_seconds": round(time.process_time() - clock)}
         known[row] |= {"updates": arguments.updates, "dimensions": DIMENSIONS}
         known[row]["squared_error"] = squared_errors(fit["delta"], fit["log_sigma"].exp())
-        path.write_text(json.dumps(known, indent=1) + "\n")
+        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         print(row, known[row]["processor_seconds"], "s", flush=True)
 
 

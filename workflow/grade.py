@@ -124,9 +124,11 @@ def history(root: Path) -> list[Path]:
     git = root / ".git"
     if not git.is_file():
         return [git]
-    own = root / git.read_text().removeprefix("gitdir:").strip()
+    own = root / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
     common = own / "commondir"
-    return [(own / common.read_text().strip()).resolve()] if common.is_file() else [own]
+    if not common.is_file():
+        return [own]
+    return [(own / common.read_text(encoding="utf-8").strip()).resolve()]
 
 
 def jail(scratch: str, hidden: list[Path]) -> list[str]:
@@ -151,7 +153,7 @@ def kernels(scratch: str, wrap: list[str]) -> None:
     folder.mkdir(parents=True)
     launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     spec = {"argv": [*wrap, *launch], "display_name": "Python 3", "language": "python"}
-    (folder / "kernel.json").write_text(json.dumps(spec))
+    (folder / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
 
 
 def environment(scratch: str) -> dict[str, str]:
@@ -290,7 +292,7 @@ def prepare(course: Course, chapters: list[str], hidden: list[Path]) -> dict[str
         source = course.folder / "source" / chapter / f"{chapter}.ipynb"
         record = course.folder / "reference" / f"{chapter}.json"
         digest = hashlib.sha256(source.read_bytes()).hexdigest()
-        known = json.loads(record.read_text()) if record.is_file() else {}
+        known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         if known.get("digest") != digest:
             print(f"{chapter:<24} the reference answers are run first", flush=True)
             with tempfile.TemporaryDirectory() as scratch:
@@ -312,7 +314,7 @@ def prepare(course: Course, chapters: list[str], hidden: list[Path]) -> dict[str
                 book.remove_student(REFERENCE)
             known = {"digest": digest, "reports": {cell.id: ticks(cell) for cell in checks}}
             record.parent.mkdir(exist_ok=True)
-            record.write_text(json.dumps(known))
+            record.write_text(json.dumps(known), encoding="utf-8")
         found[chapter] = known["reports"]
     return found
 

@@ -79,26 +79,29 @@ def make(root: Path, origin: str, stem: str) -> None:
     labels |= {label.replace("ex-", "sol-", 1) for label in labels if label.startswith("ex-")}
     infix, title = stem[3:].replace("_", "-"), f"{heading(notebook)}, adapted"
     for path in (root / "notebooks").glob("[0-9]*.py"):
-        if re.search(rf"\b(?:sec|fig|eq|ex)-{infix}-", path.read_text()):
+        if re.search(rf"\b(?:sec|fig|eq|ex)-{infix}-", path.read_text(encoding="utf-8")):
             refuse(f"the labels of TO={stem} would be those of {path.stem}: choose another name")
     for pattern in FILES:
         source = root / pattern.format(origin)
         if source.is_file():
-            text = relabelled(source.read_text(), labels, infix)
+            text = relabelled(source.read_text(encoding="utf-8"), labels, infix)
             text = text.replace(f"# # {heading(notebook)}\n", f"# # {title}\n", 1)
-            (root / pattern.format(stem)).write_text(text)
+            (root / pattern.format(stem)).write_text(text, encoding="utf-8")
     toc, intro, readme, times = (root / name for name in REGISTERS)
     entry = f"\n      - file: chapters/{stem}"
-    toc.write_text(inserted(toc.read_text(), r"^ *- file: chapters/\S+$", entry))
-    number, before = int(stem[:2]), intro.read_text()
+    listed = inserted(toc.read_text(encoding="utf-8"), r"^ *- file: chapters/\S+$", entry)
+    toc.write_text(listed, encoding="utf-8")
+    number, before = int(stem[:2]), intro.read_text(encoding="utf-8")
     card = CARD.format(number=number, title=title, stem=stem, origin=int(origin[:2]))
-    intro.write_text(re.sub(r"^::::$", lambda _: card + "::::", before, count=1, flags=re.M))
+    intro.write_text(
+        re.sub(r"^::::$", lambda _: card + "::::", before, count=1, flags=re.M), encoding="utf-8"
+    )
     row = f"\n| [{number} {title}](notebooks/{stem}.ipynb) | Which question does it answer? |"
-    noted = json.loads(times.read_text())
+    noted = json.loads(times.read_text(encoding="utf-8"))
     noted["seconds"][stem] = noted["seconds"][origin]
-    times.write_text(json.dumps(noted, indent=2) + "\n")
-    told = README_ROW.sub(in_short(noted["seconds"]), readme.read_text())
-    readme.write_text(inserted(told, r"^\| \[\d+ .*\]\(notebooks/.*$", row))
+    times.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+    told = README_ROW.sub(in_short(noted["seconds"]), readme.read_text(encoding="utf-8"))
+    readme.write_text(inserted(told, r"^\| \[\d+ .*\]\(notebooks/.*$", row), encoding="utf-8")
     print(f"made notebooks/{stem}.py, and its lines in {', '.join(REGISTERS)}")
 
 

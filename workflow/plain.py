@@ -270,6 +270,6 @@ def pipes(body: str) -> str:
 def page_titles(chapters: Iterable[tuple[str, nbformat.NotebookNode]]) -> dict[str, str]:
     titles = {f"chapters/{stem}": heading(notebook) for stem, notebook in chapters}
     for path in (ROOT / "book").glob("*.md"):
-        first = re.search(r"^# (.*)$", path.read_text(), re.M)
+        first = re.search(r"^# (.*)$", path.read_text(encoding="utf-8"), re.M)
         titles[path.stem] = first[1] if first else path.stem
     return titles

@@ -60,8 +60,8 @@ def main() -> None:
     found |= {"images": NUM_IMAGES, "milliseconds_a_gradient": measure(arguments.rounds)}
     path = arguments.to or data.data_folder() / "measured/iterative_race.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
-    print(path.read_text())
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def record(experiment: Experiment, root: Path | None = None) -> bool:
     if found is None or (not is_done and state_of(experiment, root).word == "done"):
         return False
     per_image = load_tree(folder / "per_image.stage") if is_done else None
-    results.check_result(found, per_image)
+    results.check_result(found, per_image or {})
     if not _is_of(found, _specification(experiment)):
         raise FormatError(f"{folder} holds the result of another run; remove it")
     for role in _specification(experiment)["keep"] if is_done else []:

@@ -224,7 +224,7 @@ def wake_phi_loss(
     """
     z, log_q = _fixed_samples(q, x, num_samples)
     with torch.no_grad():
-        normalised = torch.softmax(log_joint_fn(model)(x, z) - log_q, dim=0)
+        normalised = torch.softmax(log_joint_fn(model)(x, z) - log_q, dim=0).nan_to_num(nan=0.0)
     return -(normalised * q.log_prob(z)).sum(0)
 
 

@@ -296,8 +296,8 @@ def check_result(record: Mapping, per_image: Mapping[str, Tensor] | None = None)
     """Check a result's record, and its per-image values where they are given.
 
     :raises ResultError: with every fault: missing, unknown and ill-typed keys, malformed names,
-        metrics that are not finite, a ``config_hash`` that is not that of ``config``; values that
-        are no float32 vectors, or whose means are not the metrics of their names.
+        metrics that are not finite, a ``config_hash`` that is not that of ``config``; metrics
+        without values, values that are no float32 vectors, or whose means are not the metrics.
 
     >>> check_result({"study": "vae_objectives"})
     Traceback (most recent call last):
@@ -312,7 +312,8 @@ def check_result(record: Mapping, per_image: Mapping[str, Tensor] | None = None)
         schemas.validate(schemas.ResultRecord, record, "the result")
     except (schemas.FormatError, TypeError) as error:  # the latter of a config that no JSON holds
         raise ResultError(str(error)) from error
-    faults = []
+    many = [] if per_image is None else [n for n, m in record["metrics"].items() if m["n"] > 1]
+    faults = [f"{name!r} has no values per image" for name in many if name not in per_image]
     for name, values in (per_image or {}).items():
         is_tensor = isinstance(values, Tensor)
         if not is_tensor or values.dtype != torch.float32 or values.ndim != 1:
@@ -364,7 +365,7 @@ def save_result(
     ('vae-smoke-seed0.json', [-90.0, -92.0])
     """
     record = {"sha256": ""} | {**record, "sha256": _BLANK.decode(), "per_image_sha256": None}
-    check_result(record, per_image)
+    check_result(record, per_image or {})
     path = result_path(root, *(record[key] for key in ("study", "row", "scale", "seed")))
     values = path.with_suffix(".safetensors")
     content = None
@@ -413,8 +414,7 @@ def load_result(path: str | Path) -> Result:
             raise ResultError(f"it is the result {own.as_posix()} by its content")
         per_image = _load_per_image(path.with_suffix(".safetensors"), record["per_image_sha256"])
         check_result(record, per_image)
-        if "sha256" in record:  # or it is from before there were seals
-            _check_seal(content, record["sha256"])
+        _check_seal(content, record.get("sha256"))
     except (ValueError, RecursionError) as error:
         raise ResultError(f"{path}: {error}. Run this row again.") from error
     return Result(record, per_image)
@@ -506,8 +506,8 @@ def save_weights(
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict, dict]:
     """Read a file of :func:`save_weights`, and check that it is whole and under its own name.
 
-    :param path: the file. One from before there were seals may have its digest beside it, in a file
-        of the same name and ``.sha256``.
+    :param path: the file. One from before there were seals has its digest and its name beside it,
+        as ``sha256sum`` writes them, in a file of the same name and ``.sha256``.
     :returns: the tensors by their names in the module, the architecture, and the details.
     :raises FileNotFoundError: if there is no such file.
     :raises ResultError: if a bit of it has changed, or it is of another run than its name says.
@@ -524,11 +524,11 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict, dict]:
         if stored.keys() - {_SEAL} != {"architecture", "details"}:
             raise ResultError(f"its parts are {', '.join(stored)}")
         architecture, details = dict(stored["architecture"]), dict(stored["details"])
-        beside = path.with_name(f"{path.name}.sha256")
+        beside, own = path.with_name(f"{path.name}.sha256"), path.name.encode()
         if _SEAL in stored:
             _check_seal(content, stored[_SEAL])
-        elif beside.is_file() and beside.read_bytes().strip() != _hex(content):
-            raise ResultError(f"its digest is not that of {beside.name}")
+        elif not beside.is_file() or beside.read_bytes().split() != [_hex(content), own]:
+            raise ResultError(f"it has no seal, and {beside.name} does not vouch for it")
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ResultError(f"{path} is damaged or not of this project: {error!r}") from error
     claim = _RUN_NAME.search(path.absolute().as_posix())

@@ -315,7 +315,7 @@ class TargetOptions(PathOptions):
     image_seed: Seed
     starts: Annotated[int, Field(ge=2)]
     """Starts, for the last two targets digits, each with a Gaussian of its own."""
-    spread: Annotated[float, Field(ge=0)]
+    spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Standard deviation of their means at the start."""
     num_updates: PositiveInt
     num_temperatures: PositiveInt
@@ -326,7 +326,7 @@ class RingOptions(PathOptions):
 
     path: PathName | Literal["exact"]
     latent_dim: PositiveInt
-    log_start: float
+    log_start: Annotated[float, Field(allow_inf_nan=False)]
     """Where the logarithms of both parameters start."""
     num_observations: PositiveInt
     batch_size: PositiveInt
@@ -434,12 +434,12 @@ class Study(Strict):
     recipe_version: PositiveInt
     seeds: Seeds
     common: Options
-    scales: dict[Scale, Options]
-    rows: dict[Name, Options | None]
+    scales: Annotated[dict[Scale, Options], Field(min_length=1)]
+    rows: Annotated[dict[Name, Options | None], Field(min_length=1)]
 
 
 class _File(Strict):
-    studies: dict[Name, Study]
+    studies: Annotated[dict[Name, Study], Field(min_length=1)]
 
 
 class Experiment(NamedTuple):
@@ -484,7 +484,7 @@ def load_studies(path: str | os.PathLike | None = None) -> dict[str, list[Experi
         faults = list(_repeated_keys(yaml.compose(text), set()))
     except FileNotFoundError:
         raise FormatError(f"there is no file of studies {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter of letters and of long numbers
         raise FormatError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     file = _validated(_File, tree, "", faults)
     found: dict[str, list[Experiment]] = {}
