@@ -929,11 +929,10 @@ plt.show()
 # So the encoder runs along the trace, as inference compilation does for any program {cite:p}`le2017compilation` and as {cite:t}`eslami2016air` do for scenes with an unknown number of objects. It decides after each parcel whether to stop, and it sees what it has already put on the scale:
 #
 # $$
-# q_\phi(n, z \mid x) = h_\phi(n, x) \prod_{i < n} \bigl(1 - h_\phi(i, x)\bigr) \prod_{i=1}^{n} \mathcal{N}\bigl(z_i;\, m_\phi, s_\phi^2\bigr),
-# \qquad m_\phi, s_\phi \text{ functions of } \Bigl(x, \sum_{j<i} z_j, i, n\Bigr).
+# q_\phi(n, z \mid x) = h_\phi(n, x) \prod_{i < n} \bigl(1 - h_\phi(i, x)\bigr) \prod_{i=1}^{n} \mathcal{N}\bigl(z_i;\, m_\phi, s_\phi^2\bigr).
 # $$ (eq-pq-along)
 #
-# Here $h_\phi(i, x)$ is the probability to stop at $i$. Two small networks, used again at every step, serve traces of every length.
+# Here $h_\phi(i, x)$ is the probability to stop at $i$, and $m_\phi$ and $s_\phi$ are functions of $x$, of $\sum_{j<i} z_j$, of $i$ and of $n$. Two small networks, used again at every step, serve traces of every length.
 # `traces.TraceDistribution` multiplies the factors of {eq}`eq-pq-along` and `traces.Parcels` is the program; what remains to be written is the networks.
 
 

@@ -9,6 +9,7 @@ has done nothing, and shows no traceback.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import re
@@ -309,7 +310,10 @@ def test_a_malformed_architecture_is_refused_before_anything_large_is_made(
 ):
     described = json.dumps({"architecture": architecture, "details": {}})
     path = tmp_path / "a.safetensors"
-    path.write_bytes(save(DECODER.state_dict(), metadata={"amortised": described}))
+    content = save(DECODER.state_dict(), metadata={"amortised": described})
+    path.write_bytes(content)
+    beside = f"{hashlib.sha256(content).hexdigest()}  {path.name}\n"
+    path.with_name(f"{path.name}.sha256").write_text(beside, encoding="utf-8")
     check(Bad("", partial(evaluation.load_module, path), words))
 
 
@@ -370,7 +374,11 @@ EDITS = [  # what is replaced in the text of a result, by what, and words of the
     ('"wall_seconds": 1.5', '"wall_seconds": -1.5', "wall_seconds = -1.5"),
     ('"wall_seconds": 1.5', '"wall_seconds": 1.25', "edited or is damaged"),
     ('"cpu_seconds": 3.5', '"cpu_seconds": NaN', "edited or is damaged"),
-    ('"metrics": {', '"metrics": {"hais": {"mean": 1.0, "se": 0.1, "n": 3}, ', "is damaged"),
+    (
+        '"metrics": {',
+        '"metrics": {"hais": {"mean": 1.0, "se": 0.1, "n": 3}, ',
+        "'hais' has no values",
+    ),
     ('"n": 3', '"n": 4', "its per-image values give"),
     ('"n": 3', '"n": 0', "departs from its format"),
     ('"mean": -89', '"mean": -88', "its per-image values give"),

@@ -54,6 +54,7 @@ LOOK = r"""
     formulas: [...article.querySelectorAll(".math")].map((box) => ({
       source: box.textContent.slice(0, 60),
       rendered: box.querySelectorAll(".katex").length,
+      hidden: box.scrollWidth - box.clientWidth,
       mathmlWidth: Math.max(
         0, ...[...box.querySelectorAll(".katex-mathml")].map((m) => m.getBoundingClientRect().width)
       ),
@@ -181,7 +182,8 @@ def visits(browser, address, site, request):
         page.emulate_media(color_scheme="light")
         page.goto(address + name)
         page.add_style_tag(content="* { transition: none !important }")
-        for mode, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):
+        modes = {"light": {}} | ({} if name in alike else {"dark": {"runOnly": ["color-contrast"]}})
+        for mode, rules in modes.items():
             page.emulate_media(color_scheme=mode)
             page.wait_for_function(f"document.documentElement.dataset.theme == '{mode}'")
             found = record[name, mode] = page.evaluate(LOOK)
@@ -223,6 +225,8 @@ class Visited:
             for formula in visit["formulas"]:
                 if formula["rendered"] != 1:
                     yield f"rendered {formula['rendered']} times: {formula['source']!r}"
+                elif formula["hidden"] > 2:
+                    yield f"wider than its column on a desk: {formula['source']!r}"
                 elif formula["mathmlWidth"] > 2:  # shown twice when the style sheet is missing
                     yield f"its MathML shows beside it: {formula['source']!r}"
             if visit["broken"]:
