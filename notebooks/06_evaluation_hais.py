@@ -756,7 +756,7 @@ plt.show()
 # %% [markdown] tags=["slide"]
 # The posteriors of the chain-trained decoder are **correlated, and otherwise nearly Gaussian**. The mean-field bound misses nearly twenty nats, the formula accounts for almost all of them, and the full-covariance bound is within about a nat of $\log p(x)$, a gap that a few hundred importance samples close. The variational auto-encoder was trained *through* a mean-field bound: the bound rewards a decoder whose axes lie where its encoder can follow, as model B's did at the beginning of this chapter, and {numref}`fig-eval-correlated` shows the result. Chains follow correlations, so a decoder trained by them has no reason to align its axes.
 #
-# The control is the last column. One random rotation of all latents leaves $\log p_\theta(x)$ as it is, since the prior is round. It costs the auto-encoder nine nats and the other decoder nothing: the first had aligned its axes, the second had not. The six nats that still lie between the two are not a matter of axes. The posteriors of the chain-trained decoder are also narrower in some directions.
+# The control is the last column. One random rotation of all latents leaves $\log p_\theta(x)$ as it is, since the prior is round. It costs the auto-encoder nine nats and the other decoder nothing: the first had aligned its axes, the second had not. The six nats that still lie between the two are not a matter of axes.
 #
 # ### Held against annealing
 #
